@@ -1,0 +1,1 @@
+"""Japanese Stable Diffusion: a Japanese prompt becomes a picture."""

@@ -1,0 +1,129 @@
+"""What may be asked for: one frozen dataclass, its limits and its errors.
+
+The limits live here and nowhere else. `predict.py` repeats them as literals, because Cog reads that file
+without running it; a test holds the two together.
+"""
+
+import math
+import secrets
+from dataclasses import dataclass, replace
+
+PROMPT_LENGTH = 1000
+"""Most characters in a prompt."""
+SIDES = tuple(range(64, 1024 + 1, 64))
+"""Allowed widths and heights, in pixels."""
+PIXELS = 786_432
+"""Most pixels in one picture: 1024 × 768."""
+NUM_OUTPUTS = (1, 8)
+NUM_INFERENCE_STEPS = (1, 500)
+GUIDANCE_SCALE = (1.0, 20.0)
+SEEDS = (0, 2**32 - 1)
+SCHEDULERS = ("DPMSolverMultistep", "PNDM", "DDIM", "KLMS", "K_EULER", "K_EULER_ANCESTRAL", "UniPC")
+
+
+class RequestError(ValueError):
+    """A value that may not be asked for, told in one line: `input: what was wrong; what is allowed`."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one prediction is asked for, checked as it is made.
+
+    The fields are the inputs of `predict.py`, in the same order.
+
+    Raises:
+        RequestError: a value is of the wrong type or outside its limits; the message names the input.
+    """
+
+    prompt: str = "サラリーマン 油絵"
+    negative_prompt: str = ""
+    width: int = 512
+    height: int = 512
+    num_outputs: int = 1
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    scheduler: str = "DPMSolverMultistep"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_text("prompt", self.prompt)
+        _check_text("negative_prompt", self.negative_prompt)
+        _check_side("width", self.width)
+        _check_side("height", self.height)
+        if self.width * self.height > PIXELS:
+            raise RequestError(
+                f"width, height: {self.width} × {self.height} is {self.width * self.height:,} pixels; "
+                f"together at most {PIXELS:,} are allowed, such as 1024 × 768"
+            )
+        _check_integer("num_outputs", self.num_outputs, *NUM_OUTPUTS)
+        _check_integer("num_inference_steps", self.num_inference_steps, *NUM_INFERENCE_STEPS)
+        _check_number("guidance_scale", self.guidance_scale, *GUIDANCE_SCALE)
+        if not isinstance(self.scheduler, str) or self.scheduler not in SCHEDULERS:
+            raise RequestError(
+                f"scheduler: {_show(self.scheduler)} is unknown; allowed are {', '.join(SCHEDULERS)}"
+            )
+        if self.seed is not None:
+            _check_integer("seed", self.seed, *SEEDS)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each picture: `seed + i` mod 2³².
+
+        Raises:
+            ValueError: no seed has been drawn yet, see `with_seed`.
+        """
+        if self.seed is None:
+            raise ValueError("the request has no seed yet")
+        return tuple((self.seed + i) % (SEEDS[1] + 1) for i in range(self.num_outputs))
+
+    def with_seed(self) -> "Request":
+        """The same request, with a seed drawn at random if it had none."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbelow(SEEDS[1] + 1))
+
+
+def _show(value: object) -> str:
+    """The value as one short line, whatever a stranger sent."""
+    try:
+        shown = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except ValueError:  # Python refuses to write out integers of thousands of digits
+        return "a number of thousands of digits"
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _check_text(name: str, value: object) -> None:
+    allowed = f"a text of up to {PROMPT_LENGTH:,} characters is allowed"
+    if not isinstance(value, str):
+        raise RequestError(f"{name}: {_show(value)} is not a text; {allowed}")
+    if len(value) > PROMPT_LENGTH:
+        raise RequestError(f"{name}: is {len(value):,} characters long; {allowed}")
+    if "\0" in value:
+        raise RequestError(
+            f"{name}: holds a NUL character at position {value.index(chr(0))}; {allowed}, without NUL"
+        )
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise RequestError(f"{name}: holds half a character (a lone surrogate); {allowed}, in valid Unicode")
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    allowed = f"a whole number from {low} to {high} is allowed"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"{name}: {_show(value)} is not a whole number; {allowed}")
+    if not low <= value <= high:
+        raise RequestError(f"{name}: {_show(value)} is out of range; {allowed}")
+
+
+def _check_side(name: str, value: object) -> None:
+    allowed = f"a multiple of 64 from {SIDES[0]} to {SIDES[-1]} is allowed"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"{name}: {_show(value)} is not a whole number; {allowed}")
+    if value not in SIDES:
+        raise RequestError(f"{name}: {_show(value)} is not possible; {allowed}")
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    allowed = f"a number from {low:g} to {high:g} is allowed"
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise RequestError(f"{name}: {_show(value)} is not a number; {allowed}")
+    if not low <= value <= high:
+        raise RequestError(f"{name}: {_show(value)} is out of range; {allowed}")
