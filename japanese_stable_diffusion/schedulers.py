@@ -1,0 +1,50 @@
+"""Public scheduler names → diffusers schedulers, set up as upstream set them up."""
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+
+_NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+}
+"""What Stable Diffusion v1 was trained with; a weights folder may say otherwise."""
+
+_SCHEDULERS: dict[str, tuple[Callable[..., SchedulerMixin], dict[str, Any]]] = {
+    "DPMSolverMultistep": (DPMSolverMultistepScheduler, {}),
+    "PNDM": (PNDMScheduler, {"skip_prk_steps": True, "steps_offset": 1}),
+    "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    "KLMS": (LMSDiscreteScheduler, {}),
+    "K_EULER": (EulerDiscreteScheduler, {}),
+    "K_EULER_ANCESTRAL": (EulerAncestralDiscreteScheduler, {}),
+    "UniPC": (UniPCMultistepScheduler, {}),
+}
+
+
+def make_scheduler(name: str, config: dict[str, Any]) -> SchedulerMixin:
+    """A fresh scheduler for one batch of pictures; schedulers remember earlier steps, so none is used twice.
+
+    For `num_inference_steps` N, the UNet is evaluated N times, but N + 1 times by PNDM (from N = 2 on): it
+    repeats its second timestep to start up without Runge-Kutta steps (Liu et al. 2022, arXiv:2202.09778).
+
+    Args:
+        name: one of `request.SCHEDULERS`.
+        config: `scheduler_config.json` of a weights folder, of which the noise schedule is used.
+    """
+    make, options = _SCHEDULERS[name]
+    noise_schedule = {key: config.get(key, value) for key, value in _NOISE_SCHEDULE.items()}
+    return make(**noise_schedule, **options)
