@@ -1,0 +1,113 @@
+"""The container's interface: loads the weights once, then makes pictures.
+
+`cog build` reads this file without running it, so every `Input` is written with literals only. What is allowed
+is decided in `japanese_stable_diffusion/request.py`.
+"""
+
+# Cog's reader knows neither joined strings nor `int | None`.
+# ruff: noqa: E501, UP006, UP035, UP045
+
+import logging
+import tempfile
+from typing import List, Optional
+
+from cog import BasePredictor, Input, Path
+from cog.input import FieldInfo
+from tqdm import tqdm
+
+from japanese_stable_diffusion.images import write_image
+from japanese_stable_diffusion.pipeline import Figures, Picture, Pipeline
+from japanese_stable_diffusion.request import Request
+from japanese_stable_diffusion.speed import choose_device, choose_dtype
+from japanese_stable_diffusion.weights import find_weights, load_weights
+
+log = logging.getLogger("japanese_stable_diffusion")
+
+
+class Predictor(BasePredictor):
+    """Japanese Stable Diffusion: a Japanese prompt becomes pictures."""
+
+    def setup(self) -> None:
+        """Load the weights, onto the GPU if there is one."""
+        if not log.handlers:
+            log.addHandler(logging.StreamHandler())
+            log.setLevel(logging.INFO)
+        device = choose_device()
+        weights = load_weights(find_weights(), device, choose_dtype(device))
+        self.pipeline = Pipeline(weights)
+        log.info("weights: %s (%s)", weights.manifest.name, weights.folder)
+        log.info("device: %s, %s", device, str(weights.unet.dtype).removeprefix("torch."))
+
+    def predict(
+        self,
+        prompt: str = Input(
+            description="描いてほしいもの。日本語で最大1000文字、空なら指定なし。 / What to paint, in Japanese; up to 1000 characters, empty for anything.",
+            default="サラリーマン 油絵",
+            max_length=1000,
+        ),
+        negative_prompt: str = Input(
+            description="描いてほしくないもの。最大1000文字。 / What to keep out of the picture; up to 1000 characters.",
+            default="",
+            max_length=1000,
+        ),
+        width: int = Input(
+            description="画像の幅（ピクセル）。幅×高さは最大786432。 / Width in pixels; width × height may be 786432 at most.",
+            default=512,
+            choices=[64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960, 1024],
+        ),
+        height: int = Input(
+            description="画像の高さ（ピクセル）。幅×高さは最大786432。 / Height in pixels; width × height may be 786432 at most.",
+            default=512,
+            choices=[64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960, 1024],
+        ),
+        num_outputs: int = Input(
+            description="作る画像の枚数。 / How many pictures to make.",
+            default=1,
+            ge=1,
+            le=8,
+        ),
+        num_inference_steps: int = Input(
+            description="ノイズ除去のステップ数。多いほど丁寧で遅い。 / Denoising steps; more are finer and slower.",
+            default=25,
+            ge=1,
+            le=500,
+        ),
+        guidance_scale: float = Input(
+            description="プロンプトに従う強さ。1なら誘導なし。 / How closely to follow the prompt; 1 is no guidance.",
+            default=7.5,
+            ge=1,
+            le=20,
+        ),
+        scheduler: str = Input(
+            description="ノイズ除去の方法。 / The method of denoising.",
+            default="DPMSolverMultistep",
+            choices=["DPMSolverMultistep", "PNDM", "DDIM", "KLMS", "K_EULER", "K_EULER_ANCESTRAL", "UniPC"],
+        ),
+        seed: Optional[int] = Input(
+            description="乱数の種。同じ種なら同じ画像になる。空ならランダム。 / Random seed; the same seed gives the same picture. Leave empty for a random one.",
+            default=None,
+            ge=0,
+            le=4294967295,
+        ),
+    ) -> List[Path]:
+        """Make the pictures; picture i is the one that seed + i makes alone."""
+        given = {name: value for name, value in locals().items() if name != "self"}
+        # Called from Python instead of through Cog, what was left out is still the Input itself.
+        inputs = {
+            name: value.default if isinstance(value, FieldInfo) else value for name, value in given.items()
+        }
+        request = Request(**inputs).with_seed()
+        log.info("seed: %d", request.seed)
+        figures = Figures()
+        folder = Path(tempfile.mkdtemp(prefix="japanese-stable-diffusion-"))
+        paths = []
+        with tqdm(unit="step") as bar:
+            for event in self.pipeline.generate(request, figures):
+                if isinstance(event, Picture):
+                    paths.append(Path(write_image(event.image, folder, event.index)))
+                else:
+                    bar.total, bar.n = event.total, event.index
+                    bar.refresh()
+        for name, value in vars(figures).items():
+            self.record_metric(name, value)
+        return paths
