@@ -4,9 +4,9 @@
     door.enter()
     from japanese_stable_diffusion... import ...
 
-Until `enter()` a door needs the standard library only, so that --help and a mistyped flag answer at once, on a
-fresh clone too. `enter()` goes on in `.venv`, which holds the versions that the requirements files pin: the first
-time it makes it; later it compares checksums and installs only a list that changed.
+Until `enter()` a door needs the standard library only, so that --help and a mistyped flag answer at once, on
+a fresh clone too. `enter()` goes on in `.venv`, which holds the versions that the requirements files pin: the
+first time it makes it; later it compares checksums and installs only a list that changed.
 """
 
 import argparse
@@ -29,6 +29,9 @@ UNFINISHED = VENV / "unfinished"
 EVERYWHERE = ("requirements.txt", "requirements-dev.txt")
 TRAINING = "requirements-training.txt"
 PIP_OPTIONS = ("--disable-pip-version-check", "--no-input")
+
+# A file name that isn't UTF-8 is printed as it is.
+sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
 
 # Ctrl-C ends a door without a traceback, and what it was doing still cleans up after itself.
 signal.signal(signal.SIGINT, lambda number, frame: sys.exit(128 + number))
@@ -55,7 +58,7 @@ def enter(*lists: str) -> None:
     """Go on in `.venv`, with `requirements.txt`, `requirements-dev.txt` and `lists` installed.
 
     Starts the running door again in `.venv` if it isn't there yet, with the repository importable and
-    `.venv/bin` first on PATH for it and its children. If `.venv` can't be made, ends with one line and code 1.
+    `.venv/bin` first on PATH for it and its children. Ends with one line and code 1 if that can't be done.
     """
     try:
         if not _is_current(EVERYWHERE + lists):

@@ -1,0 +1,173 @@
+"""A prediction asked for on the command line: what was typed becomes inputs, and pictures become files."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from japanese_stable_diffusion.request import Request, RequestError
+
+_TYPES = get_type_hints(Request)
+_MOST_TEXT = 1_000_000
+"""Characters read of a text file: far over what any input allows, so that an endless file ends too."""
+_JSON_ALLOWED = 'an object such as {"seed": 1} is allowed, or @FILE that holds one'
+
+
+def predict(typed: list[str], json_text: str | None, output: str | None) -> int:
+    """Make pictures and write them to files. Their paths go to stdout, everything else to stderr.
+
+    Args:
+        typed: inputs as `name=value` or `name=@file`.
+        json_text: instead of these a JSON object, `@file`, or `@-` for standard input. What goes to stdout is
+            then `{"status": "succeeded" or "failed", "output": [path, ...], "error": ""}`, as from
+            `cog predict --json`.
+        output: a folder, or for one picture a file name; the current folder if None.
+
+    Returns:
+        The exit code: 0, or after one line on stderr 2 for a wrong input and 1 for any other failure.
+    """
+    try:
+        inputs = read_inputs(typed) if json_text is None else read_json(json_text)
+        # predict() checks again; but PyTorch and the weights take seconds to load, and a mistake is told now.
+        request = Request(**inputs)
+        files = name_files(output, request.num_outputs)
+        pictures = _make_pictures(inputs)
+        written = [_move(picture, file) for picture, file in zip(pictures, files, strict=False)]
+        code, error = 0, ""
+    except Exception as failure:
+        code, error = (2 if isinstance(failure, RequestError) else 1), _one_line(failure)
+        written = []
+        print(error, file=sys.stderr)
+    if json_text is not None:
+        status = "failed" if error else "succeeded"
+        print(json.dumps({"status": status, "output": written, "error": error}, ensure_ascii=False, indent=2))
+    else:
+        print(*written, sep="\n", end="\n" if written else "")
+    return code
+
+
+def read_inputs(typed: list[str]) -> dict[str, Any]:
+    """`name=value` texts as inputs; `name=@file` takes the value from a file.
+
+    Where `Request` wants something else than a text, the value is JSON: 512, 7.5, true. What isn't JSON stays
+    a text, for `Request` to refuse.
+
+    Raises:
+        RequestError: no `=`, an unknown or repeated name, or a file that can't be read.
+    """
+    inputs: dict[str, Any] = {}
+    for text in typed:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise RequestError(f"-i {text!r}: has no value; write -i NAME=VALUE")
+        _check_name(name)
+        if name in inputs:
+            raise RequestError(f"{name}: is given twice; give it once")
+        if value.startswith("@"):
+            value = _read_text(name, value[1:])
+        inputs[name] = value if _TYPES[name] is str else _parse(value)
+    return inputs
+
+
+def read_json(text: str) -> dict[str, Any]:
+    """A JSON object of inputs, itself, in `@file`, or on standard input (`@-`). Its values keep their types.
+
+    Raises:
+        RequestError: no JSON object, an unknown name, or a file that can't be read.
+    """
+    if text == "@-":
+        text = sys.stdin.read()
+    elif text.startswith("@"):
+        text = _read_text("--json", text[1:])
+    try:
+        inputs = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"--json: is not JSON ({error}); {_JSON_ALLOWED}") from None
+    if not isinstance(inputs, dict):
+        raise RequestError(f"--json: is not an object; {_JSON_ALLOWED}")
+    for name in inputs:
+        _check_name(name)
+    return inputs
+
+
+def name_files(output: str | None, count: int) -> list[Path]:
+    """The files that `count` pictures are written to, in a folder that is made if it isn't there.
+
+    Raises:
+        RequestError: `output` is neither a folder nor the name of one PNG file, or can't be written to.
+    """
+    target = Path(output or ".")
+    is_folder = target.is_dir() or not target.suffix or (output or "").endswith("/")
+    if not is_folder and target.suffix.lower() != ".png":
+        raise RequestError(f"--output: {output!r} is neither a folder nor a file that ends in .png")
+    if not is_folder and count > 1:
+        raise RequestError(f"--output: {output!r} is one file for {count} pictures; name a folder")
+    folder = target if is_folder else target.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(
+            f"--output: {str(folder)!r} can't be made ({error.strerror}); name another"
+        ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RequestError(f"--output: {str(folder)!r} can't be written to; name another")
+    files = [folder / f"output.{i}.png" for i in range(count)] if is_folder else [target]
+    for file in files:
+        if file.is_dir():
+            raise RequestError(
+                f"--output: {str(file)!r} is a folder where the picture should go; name another"
+            )
+    return files
+
+
+def _make_pictures(inputs: dict[str, Any]) -> list[Path]:
+    # What the Predictor prints is its log; stdout is for the result alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        from predict import Predictor
+
+        predictor = Predictor()
+        predictor.setup()
+        pictures: list[Path] = predictor.predict(**inputs)
+        return pictures
+
+
+def _move(picture: Path, file: Path) -> str:
+    moved = str(shutil.move(picture, file))
+    with contextlib.suppress(OSError):
+        # The Predictor's folder for this prediction, once its last picture is gone.
+        picture.parent.rmdir()
+    return moved
+
+
+def _parse(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _check_name(name: str) -> None:
+    if name not in _TYPES:
+        raise RequestError(f"{name!r}: is not an input; the inputs are {', '.join(_TYPES)}")
+
+
+def _read_text(name: str, file: str) -> str:
+    try:
+        with Path(file).expanduser().open(encoding="utf-8-sig") as opened:
+            return opened.read(_MOST_TEXT).removesuffix("\n")
+    except UnicodeDecodeError:
+        raise RequestError(f"{name}: {file!r} is not UTF-8 text; convert it, or name another file") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RequestError(
+            f"{name}: can't read {file!r} ({reason}); after @ comes the name of a file"
+        ) from None
+
+
+def _one_line(failure: Exception) -> str:
+    message = " ".join(str(failure).split())
+    told = type(failure).__module__.startswith("japanese_stable_diffusion")
+    return message if told and message else f"{type(failure).__name__}: {message}"
