@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from japanese_stable_diffusion.images import write_image
 from japanese_stable_diffusion.pipeline import Figures, Picture, Pipeline
+from japanese_stable_diffusion.provenance import Parameters
 from japanese_stable_diffusion.request import Request
 from japanese_stable_diffusion.speed import choose_device, choose_dtype
 from japanese_stable_diffusion.weights import find_weights, load_weights
@@ -35,7 +36,7 @@ class Predictor(BasePredictor):
         device = choose_device()
         weights = load_weights(find_weights(), device, choose_dtype(device))
         self.pipeline = Pipeline(weights)
-        log.info("weights: %s (%s)", weights.manifest.name, weights.folder)
+        log.info("weights: %s %s (%s)", weights.manifest.name, weights.manifest.version, weights.folder)
         log.info("device: %s, %s", device, str(weights.unet.dtype).removeprefix("torch."))
 
     def predict(
@@ -98,16 +99,20 @@ class Predictor(BasePredictor):
         }
         request = Request(**inputs).with_seed()
         log.info("seed: %d", request.seed)
+        manifest = self.pipeline.weights.manifest
         figures = Figures()
         folder = Path(tempfile.mkdtemp(prefix="japanese-stable-diffusion-"))
         paths = []
-        with tqdm(unit="step") as bar:
+        # The delay keeps the bar from showing before the first step, which tells how many there will be.
+        with tqdm(unit="step", delay=1e-9, mininterval=0.5, miniters=1) as bar:
             for event in self.pipeline.generate(request, figures):
                 if isinstance(event, Picture):
-                    paths.append(Path(write_image(event.image, folder, event.index)))
+                    path = folder / f"output.{event.index}.png"
+                    write_image(event.image, path, Parameters(event.request, manifest.name, manifest.version))
+                    paths.append(Path(path))
                 else:
-                    bar.total, bar.n = event.total, event.index
-                    bar.refresh()
+                    bar.total = event.total
+                    bar.update(event.index - bar.n)
         for name, value in vars(figures).items():
             self.record_metric(name, value)
         return paths

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -24,8 +24,11 @@ from japanese_stable_diffusion.weights import Weights
 
 log = logging.getLogger(__name__)
 
-ACTIVATIONS_PER_CHANNEL = 24
-"""Values alive at once in the UNet, per latent pixel and channel of its first block."""
+ACTIVATIONS_PER_CHANNEL = 32
+"""Values alive at once in the UNet, per latent pixel and channel of its first block.
+
+Measured at the full size: 26, and some room.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished picture: its place in the request from 0, its own seed, and the RGB picture."""
+    """A finished picture.
+
+    Attributes:
+        index: its place in the request, from 0.
+        request: that makes this picture alone, with its own seed.
+        image: RGB.
+    """
 
     index: int
-    seed: int
+    request: Request
     image: Image.Image
 
 
@@ -125,7 +134,7 @@ class Pipeline:
                     if image.size != (request.width, request.height):
                         image = image.resize((request.width, request.height), Image.Resampling.LANCZOS)
                     figures.decoding_seconds += time.perf_counter() - started
-                    yield Picture(done, seed, image)
+                    yield Picture(done, replace(request, seed=seed, num_outputs=1), image)
                     done += 1
             except torch.OutOfMemoryError:
                 limit = len(batch) // 2
