@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel
 
+from japanese_stable_diffusion.schedulers import make_scheduler
 from japanese_stable_diffusion.tokenizer import MAX_LENGTH, Tokenizer
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -225,6 +226,11 @@ def load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Weig
         safety=_load_safety_checker(folder, device, dtype),
     )
     _check_fit(weights)
+    try:
+        make_scheduler("DPMSolverMultistep", weights.scheduler_config)
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        path = folder / "scheduler" / "scheduler_config.json"
+        raise WeightsError(f"{path}: is not a noise schedule ({_one_line(error)}); {WAY_OUT}") from error
     return weights
 
 
