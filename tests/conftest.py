@@ -87,7 +87,7 @@ def train_tokenizer(path: Path) -> int:
             model_writer=model,
             vocab_size=300,
             hard_vocab_limit=False,
-            normalization_rule_name="nfkc",
+            normalization_rule_name="nmt_nfkc",
             bos_id=0,
             unk_id=1,
             eos_id=2,

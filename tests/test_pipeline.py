@@ -1,0 +1,262 @@
+"""From a request to pictures: seeds, batches, guidance, prompts, sizes and figures, on the tiny model."""
+
+import dataclasses
+import logging
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from japanese_stable_diffusion.pipeline import (
+    ACTIVATIONS_PER_CHANNEL,
+    Figures,
+    Picture,
+    Pipeline,
+    Step,
+    decode,
+    generated_size,
+    largest_batch,
+)
+from japanese_stable_diffusion.request import SCHEDULERS, Request, RequestError
+from japanese_stable_diffusion.weights import Manifest
+
+
+@pytest.fixture(scope="module")
+def pipeline(weights):
+    return Pipeline(weights)
+
+
+def ask(**inputs):
+    return Request(
+        **{"prompt": "猫", "width": 64, "height": 64, "num_inference_steps": 3, "seed": 7, **inputs}
+    )
+
+
+def pictures(pipeline, request, figures=None):
+    """The pictures of a request as arrays of integers, (height, width, 3)."""
+    return [
+        np.asarray(event.image, dtype=int)
+        for event in pipeline.generate(request, figures)
+        if isinstance(event, Picture)
+    ]
+
+
+def difference(one, other):
+    return np.abs(one - other).max()
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_pictures_of_a_batch_are_those_that_seed_plus_i_makes_alone(pipeline, scheduler):
+    first = 2**32 - 2
+    alone = [pictures(pipeline, ask(seed=(first + i) % 2**32, scheduler=scheduler))[0] for i in range(8)]
+    assert all(difference(alone[0], other) > 30 for other in alone[1:])
+    for count in (1, 3, 8):
+        batch = pictures(pipeline, ask(seed=first, num_outputs=count, scheduler=scheduler))
+        assert len(batch) == count
+        assert all(difference(one, other) <= 2 for one, other in zip(batch, alone, strict=False))
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistep", "K_EULER_ANCESTRAL"])
+def test_the_same_seed_gives_the_same_pixels_again(pipeline, scheduler):
+    request = ask(num_outputs=2, scheduler=scheduler)
+    assert np.array_equal(pictures(pipeline, request), pictures(pipeline, request))
+
+
+def test_each_picture_says_how_it_is_made_alone(pipeline):
+    request = ask(num_outputs=2, seed=2**32 - 1)
+    made = [event for event in pipeline.generate(request) if isinstance(event, Picture)]
+    assert [(picture.index, picture.request) for picture in made] == [
+        (0, ask(num_outputs=1, seed=2**32 - 1)),
+        (1, ask(num_outputs=1, seed=0)),
+    ]
+
+
+def test_what_does_not_fit_is_made_in_smaller_batches(pipeline, monkeypatch):
+    whole = pictures(pipeline, ask(num_outputs=5))
+    shrink_memory(monkeypatch, 4 * 2 * bytes_of_a_picture(pipeline))
+    sizes = batch_sizes(pipeline, ask(num_outputs=5))
+    assert sizes == [2] * 3 + [2] * 3 + [1] * 3
+    assert all(
+        difference(*pair) <= 2 for pair in zip(pictures(pipeline, ask(num_outputs=5)), whole, strict=True)
+    )
+
+
+def shrink_memory(monkeypatch, total):
+    """Let this machine have so many bytes of memory, of which a quarter is for a batch."""
+    sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": total}
+    monkeypatch.setattr(os, "sysconf", lambda name: sizes[name])
+
+
+def bytes_of_a_picture(pipeline):
+    """Activations of a guided picture of 8 × 8 latents, in single precision."""
+    return 2 * ACTIVATIONS_PER_CHANNEL * pipeline.weights.unet.config["block_out_channels"][0] * 8 * 8 * 4
+
+
+def batch_sizes(pipeline, request):
+    return [len(event.latents) for event in pipeline.generate(request) if isinstance(event, Step)]
+
+
+def test_one_picture_is_tried_however_small_the_memory(weights, monkeypatch):
+    shrink_memory(monkeypatch, 4)
+    assert largest_batch(weights.unet, (4, 128, 96)) == 1
+
+
+class SmallDevice(torch.nn.Module):
+    """A UNet on a device that runs out of memory above so many samples at once."""
+
+    def __init__(self, unet, most):
+        super().__init__()
+        self.unet, self.most, self.sizes = unet, most, []
+        self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+
+    def forward(self, sample, timestep, embeddings):
+        self.sizes.append(len(sample))
+        if len(sample) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.unet(sample, timestep, embeddings)
+
+
+def test_after_out_of_memory_the_same_pictures_come_in_smaller_batches(pipeline, caplog):
+    caplog.set_level(logging.INFO, "japanese_stable_diffusion")
+    whole = pictures(pipeline, ask(num_outputs=7))
+    unet = SmallDevice(pipeline.weights.unet, most=4)
+    small = Pipeline(dataclasses.replace(pipeline.weights, unet=unet))
+    events = list(small.generate(ask(num_outputs=7)))
+    made = [event for event in events if isinstance(event, Picture)]
+    assert [picture.index for picture in made] == list(range(7))
+    for picture, expected in zip(made, whole, strict=True):
+        assert difference(np.asarray(picture.image, dtype=int), expected) <= 2
+    # 7 and 3 pictures fail at the first evaluation (14 and 6 samples), then 1 at a time: 2 samples.
+    assert unet.sizes == [14, 6] + [2] * 3 * 7
+    assert [event.index for event in events if isinstance(event, Step)][-1] == 7 * 3
+    assert "making 3 at once" in caplog.text
+
+
+def test_a_picture_too_large_for_the_device_is_told_in_one_line(pipeline):
+    small = Pipeline(dataclasses.replace(pipeline.weights, unet=SmallDevice(pipeline.weights.unet, most=1)))
+    with pytest.raises(RequestError, match=r"^width, height: .*64 × 64.*memory.*fewer pixels"):
+        list(small.generate(ask(num_outputs=4)))
+
+
+def test_without_guidance_the_unet_sees_each_picture_once(pipeline):
+    unet = SmallDevice(pipeline.weights.unet, most=100)
+    counting = Pipeline(dataclasses.replace(pipeline.weights, unet=unet))
+    unguided = pictures(counting, ask(guidance_scale=1, num_outputs=2))
+    assert unet.sizes == [2] * 3
+    unet.sizes.clear()
+    guided = pictures(counting, ask(guidance_scale=1.0001, num_outputs=2))
+    assert unet.sizes == [4] * 3
+    # Guidance towards the prompt at a scale of 1 is the prompt alone.
+    assert difference(unguided[0], guided[0]) <= 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"prompt": "寿司"},
+        {"prompt": ""},
+        {"negative_prompt": "寿司"},
+        {"guidance_scale": 15},
+        {"num_inference_steps": 4},
+        {"scheduler": "DDIM"},
+        {"scheduler": "K_EULER_ANCESTRAL"},
+    ],
+    ids=str,
+)
+def test_everything_asked_for_shows(pipeline, other):
+    assert difference(pictures(pipeline, ask())[0], pictures(pipeline, ask(**other))[0]) > 10
+
+
+def test_a_negative_prompt_that_is_the_prompt_leaves_no_guidance(pipeline):
+    [same] = pictures(pipeline, ask(negative_prompt="猫"))
+    [unguided] = pictures(pipeline, ask(guidance_scale=1))
+    assert difference(same, unguided) <= 2
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_a_cut_prompt_is_warned_of_with_what_was_cut(pipeline, caplog, name):
+    request = ask(num_inference_steps=1, **{name: "猫" * 75 + "富士山"})
+    pictures(pipeline, request)
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(f"{name}: ")
+    assert "77 tokens" in record.getMessage()
+    assert record.getMessage().endswith(": 富士山")
+
+
+def test_a_prompt_that_fits_is_not_warned_of(pipeline, caplog):
+    pictures(pipeline, ask(num_inference_steps=1, prompt="猫" * 75))
+    assert caplog.records == []
+
+
+def test_every_step_tells_how_far_it_is(pipeline):
+    steps = [e for e in pipeline.generate(ask(num_outputs=2, scheduler="PNDM")) if isinstance(e, Step)]
+    assert [(step.index, step.total) for step in steps] == [(2, 8), (4, 8), (6, 8), (8, 8)]
+    assert all(step.latents.shape == (2, 4, 8, 8) for step in steps)
+    assert not torch.equal(steps[0].latents, steps[1].latents)
+
+
+def test_the_latents_of_the_last_step_are_the_picture(pipeline):
+    *_, step, picture = pipeline.generate(ask())
+    assert np.array_equal(decode(pipeline.weights.vae, step.latents), picture.image)
+
+
+def test_dropping_the_iterator_stops_the_work(pipeline):
+    unet = SmallDevice(pipeline.weights.unet, most=100)
+    events = Pipeline(dataclasses.replace(pipeline.weights, unet=unet)).generate(ask(num_inference_steps=50))
+    next(events)
+    events.close()
+    assert len(unet.sizes) == 1
+
+
+def test_gradients_are_off_inside_and_left_alone_outside(pipeline):
+    events = pipeline.generate(ask())
+    step = next(events)
+    assert step.latents.is_inference()
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    events.close()
+
+
+def test_figures_count_evaluations_and_seconds(pipeline, monkeypatch):
+    figures = Figures()
+    pictures(pipeline, ask(num_outputs=3, scheduler="PNDM", num_inference_steps=5), figures)
+    assert figures.unet_evaluations == 6
+    assert min(figures.text_seconds, figures.denoising_seconds, figures.decoding_seconds) > 0
+    shrink_memory(monkeypatch, 4)
+    figures = Figures()
+    pictures(pipeline, ask(num_outputs=3), figures)
+    assert figures.unet_evaluations == 9
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 128), (192, 64)])
+def test_pictures_have_the_size_asked_for(pipeline, width, height):
+    [picture] = pictures(pipeline, ask(width=width, height=height))
+    assert picture.shape == (height, width, 3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "generated"),
+    [
+        ((512, 512), (128, 128)),
+        ((64, 64), (128, 128)),
+        ((1024, 768), (144, 112)),
+        ((512, 768), (112, 160)),
+        ((1024, 64), (512, 32)),
+    ],
+)
+def test_small_weights_generate_about_their_native_area_in_the_asked_shape(weights, asked, generated):
+    small = dataclasses.replace(weights, manifest=Manifest("small", native_size=128, enlarge=4))
+    assert generated_size(small, *asked) == generated
+    assert generated_size(weights, *asked) == asked
+
+
+def test_what_small_weights_generate_is_enlarged_to_the_asked_size(weights):
+    small = dataclasses.replace(weights, manifest=Manifest("small", native_size=64, enlarge=4))
+    *_, step, picture = Pipeline(small).generate(ask(width=256, height=256))
+    assert step.latents.shape == (1, 4, 8, 8)
+    assert picture.image.size == (256, 256)
+    enlarged = decode(weights.vae, step.latents).resize((256, 256), Image.Resampling.LANCZOS)
+    assert np.array_equal(picture.image, enlarged)

@@ -1,0 +1,98 @@
+"""What may be asked for, and what every other value gets."""
+
+import math
+
+import pytest
+
+from japanese_stable_diffusion.request import SCHEDULERS, Request, RequestError
+
+
+def test_the_defaults_are_a_request():
+    request = Request()
+    assert request.prompt == "サラリーマン 油絵"
+    assert (request.width, request.height, request.num_outputs, request.seed) == (512, 512, 1, None)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"prompt": "", "negative_prompt": "犬" * 1000},
+        {"prompt": "あ" * 1000},
+        {"width": 64, "height": 1024},
+        {"width": 1024, "height": 768},
+        {"num_outputs": 8, "num_inference_steps": 500, "guidance_scale": 20},
+        {"num_inference_steps": 1, "guidance_scale": 1, "seed": 0},
+        {"seed": 2**32 - 1},
+        *({"scheduler": name} for name in SCHEDULERS),
+    ],
+)
+def test_the_limits_themselves_are_allowed(inputs):
+    request = Request(**inputs)
+    assert {name: getattr(request, name) for name in inputs} == inputs
+
+
+@pytest.mark.parametrize(
+    ("inputs", "told"),
+    [
+        ({"prompt": "あ" * 1001}, ["prompt", "1,001", "1,000"]),
+        ({"prompt": None}, ["prompt", "None", "text"]),
+        ({"prompt": b"\xff"}, ["prompt", "text"]),
+        ({"prompt": ["猫"]}, ["prompt", "猫", "text"]),
+        ({"prompt": "a\0b"}, ["prompt", "NUL", "position 1"]),
+        ({"prompt": "\ud83d"}, ["prompt", "surrogate"]),
+        ({"negative_prompt": 5}, ["negative_prompt", "5", "text"]),
+        ({"negative_prompt": "x" * 2000}, ["negative_prompt", "2,000"]),
+        ({"width": 63}, ["width", "63", "multiple of 64 from 64 to 1024"]),
+        ({"width": 0}, ["width", "0", "64"]),
+        ({"width": 1088}, ["width", "1088", "1024"]),
+        ({"height": -64}, ["height", "-64", "64"]),
+        ({"height": 512.0}, ["height", "512.0", "whole number"]),
+        ({"height": "512"}, ["height", "'512'", "whole number"]),
+        ({"height": True}, ["height", "True", "whole number"]),
+        ({"width": 1024, "height": 832}, ["width, height", "851,968", "786,432"]),
+        ({"num_outputs": 0}, ["num_outputs", "0", "1 to 8"]),
+        ({"num_outputs": 9}, ["num_outputs", "9", "1 to 8"]),
+        ({"num_outputs": True}, ["num_outputs", "True", "whole number"]),
+        ({"num_inference_steps": 501}, ["num_inference_steps", "501", "1 to 500"]),
+        ({"num_inference_steps": 20.5}, ["num_inference_steps", "20.5", "whole number"]),
+        ({"guidance_scale": 0.99}, ["guidance_scale", "0.99", "1 to 20"]),
+        ({"guidance_scale": 20.1}, ["guidance_scale", "20.1", "1 to 20"]),
+        ({"guidance_scale": math.nan}, ["guidance_scale", "nan", "1 to 20"]),
+        ({"guidance_scale": math.inf}, ["guidance_scale", "inf", "1 to 20"]),
+        ({"guidance_scale": 10**400}, ["guidance_scale", "1000", "1 to 20"]),
+        ({"guidance_scale": "7.5"}, ["guidance_scale", "'7.5'", "number"]),
+        ({"guidance_scale": True}, ["guidance_scale", "True", "number"]),
+        ({"scheduler": "EULER"}, ["scheduler", "EULER", "K_EULER, K_EULER_ANCESTRAL"]),
+        ({"scheduler": ["PNDM"]}, ["scheduler", "PNDM", "DDIM"]),
+        ({"seed": -1}, ["seed", "-1", "0 to 4294967295"]),
+        ({"seed": 2**32}, ["seed", "4294967296", "0 to 4294967295"]),
+        ({"seed": 10**5000}, ["seed", "thousands of digits", "0 to 4294967295"]),
+        ({"seed": 1.0}, ["seed", "1.0", "whole number"]),
+        ({"seed": False}, ["seed", "False", "whole number"]),
+        ({"seed": "1\n2"}, ["seed", "1\\n2", "whole number"]),
+    ],
+)
+def test_what_is_not_allowed_is_told_in_one_short_line(inputs, told):
+    with pytest.raises(RequestError) as error:
+        Request(**inputs)
+    message = str(error.value)
+    assert message.startswith(f"{told[0]}: ")
+    assert all(part in message for part in told)
+    assert message.isprintable()
+    assert len(message) < 250
+
+
+def test_picture_i_has_seed_plus_i_and_after_the_last_seed_comes_0():
+    assert Request(seed=2**32 - 2, num_outputs=4).seeds == (2**32 - 2, 2**32 - 1, 0, 1)
+
+
+def test_a_seed_is_drawn_once_and_only_if_none_was_asked_for():
+    assert Request(seed=0).with_seed() == Request(seed=0)
+    drawn = {Request().with_seed().seed for _ in range(20)}
+    assert len(drawn) == 20
+    assert all(0 <= seed < 2**32 for seed in drawn)
+
+
+def test_without_a_seed_there_are_no_seeds_of_pictures():
+    with pytest.raises(ValueError, match="no seed"):
+        _ = Request().seeds

@@ -1,0 +1,57 @@
+"""Every public name makes the right diffusers scheduler, from the noise schedule of the weights."""
+
+import pytest
+import torch
+
+from japanese_stable_diffusion.request import NUM_INFERENCE_STEPS, SCHEDULERS
+from japanese_stable_diffusion.schedulers import make_scheduler
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 25, 300, NUM_INFERENCE_STEPS[1]])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_steps_are_evaluations_and_pndm_makes_one_more(name, steps):
+    scheduler = make_scheduler(name, {})
+    scheduler.set_timesteps(steps)
+    assert len(scheduler.timesteps) == (steps + 1 if name == "PNDM" and steps > 1 else steps)
+    latents = torch.ones(1, 4, 2, 2) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        predicted = scheduler.scale_model_input(latents, timestep) / 2
+        latents = scheduler.step(predicted, timestep, latents).prev_sample
+    assert torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "settings"),
+    [
+        (
+            "DPMSolverMultistep",
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "dpmsolver++", "solver_order": 2},
+        ),
+        ("PNDM", "PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}),
+        ("DDIM", "DDIMScheduler", {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}),
+        ("KLMS", "LMSDiscreteScheduler", {"steps_offset": 0, "timestep_spacing": "linspace"}),
+        ("K_EULER", "EulerDiscreteScheduler", {"steps_offset": 0}),
+        ("K_EULER_ANCESTRAL", "EulerAncestralDiscreteScheduler", {"steps_offset": 0}),
+        ("UniPC", "UniPCMultistepScheduler", {"solver_order": 2}),
+    ],
+)
+def test_settings_are_those_of_upstream(name, made, settings):
+    scheduler = make_scheduler(name, {"skip_prk_steps": False, "clip_sample": True, "steps_offset": 7})
+    assert type(scheduler).__name__ == made
+    assert {key: scheduler.config[key] for key in settings} == settings
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_noise_schedule_is_that_of_the_weights(name):
+    default = make_scheduler(name, {})
+    assert default.config["beta_start"] == 0.00085
+    assert default.config["beta_end"] == 0.012
+    assert default.config["beta_schedule"] == "scaled_linear"
+    own = make_scheduler(
+        name, {"beta_start": 0.001, "beta_schedule": "linear", "prediction_type": "v_prediction"}
+    )
+    assert own.config["beta_start"] == 0.001
+    assert own.config["beta_end"] == 0.012
+    assert own.config["prediction_type"] == "v_prediction"
+    assert own.alphas_cumprod[-1] != default.alphas_cumprod[-1]
