@@ -19,6 +19,7 @@ from japanese_stable_diffusion.images import write_image
 from japanese_stable_diffusion.pipeline import Figures, Picture, Pipeline
 from japanese_stable_diffusion.provenance import Parameters
 from japanese_stable_diffusion.request import Request
+from japanese_stable_diffusion.safety import choose_checker, is_flagged, report
 from japanese_stable_diffusion.speed import choose_device, choose_dtype
 from japanese_stable_diffusion.weights import find_weights, load_weights
 
@@ -36,8 +37,11 @@ class Predictor(BasePredictor):
         device = choose_device()
         weights = load_weights(find_weights(), device, choose_dtype(device))
         self.pipeline = Pipeline(weights)
-        log.info("weights: %s %s (%s)", weights.manifest.name, weights.manifest.version, weights.folder)
+        log.info(
+            "weights: %s (%s)", f"{weights.manifest.name} {weights.manifest.version}".strip(), weights.folder
+        )
         log.info("device: %s, %s", device, str(weights.unet.dtype).removeprefix("torch."))
+        self.checker = choose_checker(weights)
 
     def predict(
         self,
@@ -107,6 +111,8 @@ class Predictor(BasePredictor):
         with tqdm(unit="step", delay=1e-9, mininterval=0.5, miniters=1) as bar:
             for event in self.pipeline.generate(request, figures):
                 if isinstance(event, Picture):
+                    if self.checker and is_flagged(event.image, self.checker):
+                        continue
                     path = folder / f"output.{event.index}.png"
                     write_image(event.image, path, Parameters(event.request, manifest.name, manifest.version))
                     paths.append(Path(path))
@@ -115,4 +121,5 @@ class Predictor(BasePredictor):
                     bar.update(event.index - bar.n)
         for name, value in vars(figures).items():
             self.record_metric(name, value)
+        report(request.num_outputs - len(paths), request.num_outputs)
         return paths

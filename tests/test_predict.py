@@ -1,0 +1,216 @@
+"""predict.py: what Cog reads of it, what it logs, reports and returns, and that it agrees with request.py."""
+
+import ast
+import dataclasses
+import logging
+import math
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cog.input import FieldInfo
+from PIL import Image
+
+from japanese_stable_diffusion import request as limits
+from japanese_stable_diffusion.provenance import read_parameters
+from japanese_stable_diffusion.request import Request, RequestError
+from japanese_stable_diffusion.weights import WeightsError
+from predict import Predictor
+
+SOURCE = Path(__file__).parents[1] / "predict.py"
+SMALL = {"width": 64, "height": 64, "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_weights):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JSD_WEIGHTS", str(tiny_weights))
+        predictor = Predictor()
+        predictor.setup()
+    return predictor
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, "japanese_stable_diffusion")
+    return caplog
+
+
+@pytest.fixture(scope="module")
+def arguments():
+    """The inputs of predict() as Cog's static reader sees them: name → (annotation, keywords of Input)."""
+    [predictor] = [node for node in ast.parse(SOURCE.read_text()).body if isinstance(node, ast.ClassDef)]
+    [predict] = [node for node in predictor.body if getattr(node, "name", "") == "predict"]
+    inputs = predict.args.args[1:]
+    assert len(inputs) == len(predict.args.defaults), "every input has an Input(...)"
+    return {
+        argument.arg: (ast.unparse(argument.annotation), {k.arg: k.value for k in call.keywords}, call)
+        for argument, call in zip(inputs, predict.args.defaults, strict=True)
+    }
+
+
+def test_inputs_are_the_fields_of_a_request_in_the_same_order(arguments):
+    assert list(arguments) == [field.name for field in dataclasses.fields(Request)]
+
+
+def test_types_are_those_of_a_request(arguments):
+    written = {"str": str, "int": int, "float": float, "Optional[int]": int | None}
+    hints = typing.get_type_hints(Request)
+    assert {name: written[annotation] for name, (annotation, _, _) in arguments.items()} == hints
+
+
+def test_defaults_are_those_of_a_request(arguments):
+    for name, (_, keywords, _) in arguments.items():
+        assert ast.literal_eval(keywords["default"]) == getattr(Request(), name), name
+
+
+def test_limits_are_those_of_a_request(arguments):
+    said = {
+        name: {
+            key: ast.literal_eval(value)
+            for key, value in keywords.items()
+            if key not in ("default", "description")
+        }
+        for name, (_, keywords, _) in arguments.items()
+    }
+
+    def between(bounds):
+        return {"ge": bounds[0], "le": bounds[1]}
+
+    assert said == {
+        "prompt": {"max_length": limits.PROMPT_LENGTH},
+        "negative_prompt": {"max_length": limits.PROMPT_LENGTH},
+        "width": {"choices": list(limits.SIDES)},
+        "height": {"choices": list(limits.SIDES)},
+        "num_outputs": between(limits.NUM_OUTPUTS),
+        "num_inference_steps": between(limits.NUM_INFERENCE_STEPS),
+        "guidance_scale": between(limits.GUIDANCE_SCALE),
+        "scheduler": {"choices": list(limits.SCHEDULERS)},
+        "seed": between(limits.SEEDS),
+    }
+
+
+def test_descriptions_are_in_japanese_and_english_and_name_the_limits_that_cog_does_not_check(arguments):
+    for _, keywords, _ in arguments.values():
+        japanese, english = ast.literal_eval(keywords["description"]).split(" / ")
+        assert any("ぁ" <= letter <= "ん" for letter in japanese)
+        assert english.isascii() or "×" in english
+    for name in ("width", "height"):
+        assert str(limits.PIXELS) in ast.literal_eval(arguments[name][1]["description"])
+
+
+def test_everything_in_an_input_is_a_plain_literal(arguments):
+    """Cog reads names, calls and f-strings wrongly or not at all, and garbles escapes and joined strings."""
+    source = SOURCE.read_text()
+    for _, keywords, call in arguments.values():
+        assert ast.unparse(call.func) == "Input"
+        assert not call.args
+        for value in keywords.values():
+            ast.literal_eval(value)
+            for node in ast.walk(value):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    assert ast.get_source_segment(source, node) == f'"{node.value}"'
+
+
+def test_optional_inputs_say_so(arguments):
+    for annotation, keywords, _ in arguments.values():
+        is_none = ast.literal_eval(keywords["default"]) is None
+        assert is_none == annotation.startswith("Optional[")
+
+
+def test_a_prediction_is_a_list_of_png_files(predictor):
+    paths = predictor.predict(prompt="猫", num_outputs=3, seed=5, **SMALL)
+    assert [path.name for path in paths] == ["output.0.png", "output.1.png", "output.2.png"]
+    for i, path in enumerate(paths):
+        with Image.open(path) as image:
+            assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
+        parameters = read_parameters(path)
+        assert parameters.weights == "tiny"
+        assert parameters.request == Request(prompt="猫", seed=5 + i, **SMALL)
+
+
+def test_the_parameters_in_a_file_make_its_picture_again(predictor):
+    _, path = predictor.predict(
+        prompt="猫", num_outputs=2, seed=2**32 - 1, scheduler="K_EULER_ANCESTRAL", **SMALL
+    )
+    [again] = predictor.predict(**dataclasses.asdict(read_parameters(path).request))
+    pixels = [np.asarray(Image.open(file), dtype=int) for file in (path, again)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 2
+    assert np.ptp(pixels[0]) > 100
+
+
+def test_inputs_left_out_have_their_defaults(predictor):
+    [path] = predictor.predict(seed=1, **SMALL)
+    assert read_parameters(path).request == Request(seed=1, **SMALL)
+    assert not isinstance(read_parameters(path).request.guidance_scale, FieldInfo)
+
+
+def test_a_drawn_seed_is_logged_and_gives_the_same_picture_again(predictor, log):
+    [first] = predictor.predict(**SMALL)
+    [message] = [record.getMessage() for record in log.records if record.getMessage().startswith("seed: ")]
+    seed = int(message.removeprefix("seed: "))
+    [second] = predictor.predict(seed=seed, **SMALL)
+    assert first != second
+    assert np.array_equal(Image.open(first), Image.open(second))
+
+
+def test_the_log_names_weights_and_device(tiny_weights, monkeypatch, log):
+    monkeypatch.setenv("JSD_WEIGHTS", str(tiny_weights))
+    Predictor().setup()
+    assert f"weights: tiny ({tiny_weights})" in log.messages
+    assert any(message.startswith("device: c") for message in log.messages)
+
+
+def test_a_cut_prompt_is_quoted_in_the_log(predictor, log):
+    predictor.predict(prompt="猫" * 75 + "富士山", **SMALL)
+    assert any("77 tokens" in message and "富士山" in message for message in log.messages)
+
+
+def test_progress_goes_to_the_end_with_the_time_left(predictor, capsys):
+    predictor.predict(num_outputs=2, width=64, height=64, num_inference_steps=30)
+    shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    bars = [line for line in shown if "%|" in line]
+    assert bars[-1].startswith("100%")
+    assert "60/60" in bars[-1]
+    assert all("<" in bar for bar in bars), "elapsed<left"
+    assert not any("?step" in line for line in shown)
+
+
+def test_figures_are_reported_as_metrics(tiny_weights, monkeypatch):
+    reported = {}
+
+    class Reporting(Predictor):
+        def record_metric(self, key, value, mode="replace"):
+            reported[key] = value
+
+    monkeypatch.setenv("JSD_WEIGHTS", str(tiny_weights))
+    predictor = Reporting()
+    predictor.setup()
+    predictor.predict(scheduler="PNDM", width=64, height=64, num_inference_steps=4)
+    assert reported.pop("unet_evaluations") == 5
+    assert set(reported) == {"text_seconds", "denoising_seconds", "decoding_seconds"}
+    assert all(isinstance(value, float) and value > 0 for value in reported.values())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "told"),
+    [
+        ({"num_inference_steps": 99999}, "num_inference_steps: 99999"),
+        ({"width": 1024, "height": 1024}, "width, height: "),
+        ({"guidance_scale": math.nan}, "guidance_scale: nan"),
+        ({"scheduler": "DDPM"}, "scheduler: 'DDPM'"),
+    ],
+)
+def test_what_cog_lets_through_is_refused_and_the_next_prediction_works(predictor, inputs, told):
+    with pytest.raises(RequestError, match=f"^{told}"):
+        predictor.predict(**inputs)
+    assert len(predictor.predict(**SMALL)) == 1
+
+
+def test_setup_without_weights_fails_with_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("JSD_WEIGHTS", str(tmp_path))
+    with pytest.raises(WeightsError) as error:
+        Predictor().setup()
+    assert str(error.value).startswith(str(tmp_path))
+    assert "\n" not in str(error.value)
