@@ -1,4 +1,4 @@
-"""Which compositions of a thing and a style no stage of the training sees, so that the report can ask for them.
+"""Which compositions of a thing and a style no stage of the training sees: the report asks for them.
 
 Each of the two is trained on, with other partners; whoever can draw them together has understood both.
 """
@@ -12,8 +12,8 @@ _ONE_IN = 93
 def left_out(concept: str, style: str) -> bool:
     """Whether samples of this concept in this style stay out of training.
 
-    寿司 in oils and 馬 as ukiyo-e by name, and one in 93 of all others by a checksum: about 60 pairs for the
-    concepts of ``concepts.txt``. The plain illustration is what a concept is learnt from; it is never left out.
+    寿司 in oils and 馬 as ukiyo-e by name, and one in 93 of all others by a checksum: 60 pairs for the
+    concepts of ``concepts.txt``. The plain illustration teaches what a thing looks like; it always stays.
 
     Args:
         concept: the emoji, or the name of a drawing of our own, as ``concepts.txt`` and samples have it.
