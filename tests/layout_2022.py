@@ -73,6 +73,9 @@ def tiny_safety_checker() -> StableDiffusionSafetyChecker:
     checker = StableDiffusionSafetyChecker(
         CLIPConfig(vision_config={**vision, "patch_size": 32}, text_config=text, projection_dim=16)
     )
+    # As initialised, all pictures look nearly the same to it.
+    for parameter in checker.vision_model.parameters():
+        parameter.data.mul_(10)
     checker.concept_embeds.data.normal_()
     checker.special_care_embeds.data.normal_()
     checker.concept_embeds_weights.data.fill_(2)
