@@ -50,7 +50,7 @@ def choose_dtype(device: torch.device) -> torch.dtype:
 
 
 def memory_budget(device: torch.device) -> int:
-    """Bytes that one batch of pictures may take: half of what the weights leave of a GPU, a quarter of a machine.
+    """Bytes that one batch may take: half of what the weights leave of a GPU, a quarter of a machine.
 
     It depends on the machine and not on what else runs there, so the same request is split into the same
     batches every time; what a busy GPU then lacks is found out by an out-of-memory error.

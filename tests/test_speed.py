@@ -1,4 +1,4 @@
-"""Which device is chosen, and how much it may hold. No GPU is needed: CUDA is faked where PyTorch meets it."""
+"""Which device is chosen, and how much it may hold; CUDA is faked where PyTorch meets it."""
 
 import os
 from types import SimpleNamespace
