@@ -80,13 +80,17 @@ def fetch_package(package: str, version: str, folder: Path) -> Path:
         try:
             # npm checks the package's sha512 against the registry's before it writes the file.
             done = subprocess.run(
-                ["npm", "pack", "--silent", f"{package}@{version}"], cwd=scratch, capture_output=True, text=True
+                ["npm", "pack", "--silent", f"{package}@{version}"],
+                cwd=scratch,
+                capture_output=True,
+                text=True,
             )
         except FileNotFoundError:
             raise ArtError("npm: not found; install Node.js (Debian: apt-get install npm)") from None
         archives = list(Path(scratch).glob("*.tgz"))
         if done.returncode or not archives:
-            raise ArtError(f"{package}@{version}: npm could not fetch it ({done.stderr.strip().splitlines()[-1:]})")
+            reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+            raise ArtError(f"{package}@{version}: npm could not fetch it ({reason}); check the network")
         with tarfile.open(archives[0]) as archive:
             archive.extractall(Path(scratch) / "unpacked", filter="data")
         (Path(scratch) / "unpacked" / "package").rename(place)
@@ -137,7 +141,9 @@ def read_concepts(art: Path) -> list[Concept]:
         entry = words[language].get(_plain(emoji), {})
         taken = labels[language] | (ours if language == "ja" else set())
         label = [entry["label"]] if entry and entry["label"] not in ours else []
-        unique = [t for t in entry.get("tags", []) if tags[language][t] == 1 and t not in taken and len(t) > 1]
+        unique = [
+            t for t in entry.get("tags", []) if tags[language][t] == 1 and t not in taken and len(t) > 1
+        ]
         return tuple(dict.fromkeys([*first, *label, *unique]))
 
     concepts = []
@@ -218,9 +224,8 @@ def captions(names: tuple[str, ...], style: Style, language: str) -> tuple[str, 
     if style.name == "illustration":
         plain = "{name}のイラスト" if language == "ja" else "an illustration of {name}"
         return tuple(weighted * 3 + [plain.format(name=name) for name in weighted])
-    forms = ("{name} {style}", "{style}の{name}", "{name}、{style}", "{name}の{style}")
-    if language == "en":
-        forms = ("{name}, {style}", "{style} of {name}")
+    japanese = ("{name} {style}", "{style}の{name}", "{name}、{style}", "{name}の{style}")
+    forms = japanese if language == "ja" else ("{name}, {style}", "{style} of {name}")
     return tuple(f.format(name=n, style=s) for n in weighted for s in styles for f in forms)
 
 

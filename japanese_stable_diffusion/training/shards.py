@@ -13,7 +13,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
-from .samples import Sample
+from .samples import File, Sample
 from .styles import Pixels
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
@@ -37,13 +37,12 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> int:
     count = 0
     with open(partial, "wb") as stream, TarWriter(stream, mtime=0.0, user="", group="") as tar:
         for sample in samples:
-            encoded = io.BytesIO()
-            Image.fromarray(sample.picture).save(encoded, "PNG")
+            picture = sample.file()
             about = {"ja": list(sample.japanese), "en": list(sample.english), **sample.facts}
             tar.write(
                 {
                     "__key__": sample.key,
-                    "png": encoded.getvalue(),
+                    picture.kind: picture.content,
                     "json": json.dumps(about, ensure_ascii=False, sort_keys=True).encode(),
                 }
             )
@@ -52,11 +51,50 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> int:
     return count
 
 
-class Shards:
-    """All samples of a folder of shards, in the order of their names.
+def members(tar: tarfile.TarFile, whole: bool = True) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Where the parts of each sample lie, by key and then by kind of file.
 
-    ``keep`` is called with each sample's .json and says whether the sample takes part.
+    A tar that breaks off raises tarfile.ReadError, or with ``whole=False`` ends before the break.
     """
+    found: dict[str, dict[str, tarfile.TarInfo]] = {}
+    key = kind = ""
+    try:
+        for member in tar:
+            key, _, kind = member.name.partition(".")
+            found.setdefault(key, {})[kind] = member
+    except tarfile.ReadError:
+        if whole:
+            raise
+        # tarfile finds the break when it looks for what follows.
+        del found[key][kind]
+    return found
+
+
+def read_shard(path: Path) -> Iterator[Sample]:
+    """The samples of one shard, one at a time, as ``write_shard`` was given them. Raises ShardError."""
+    with tarfile.open(path) as tar:
+        for key, parts in members(tar).items():
+            kind = next((kind for kind in PICTURES if kind in parts), None)
+            if kind is None or "json" not in parts:
+                raise _incomplete(path, key)
+            about = json.loads(read_member(tar, parts["json"]))
+            japanese, english = tuple(about.pop("ja")), tuple(about.pop("en"))
+            yield Sample(key, File(kind, read_member(tar, parts[kind])), japanese, english, about)
+
+
+def _incomplete(path: Path, key: str) -> ShardError:
+    return ShardError(f"{path}: sample {key} has no picture or no .json; prepare the data again")
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The bytes of one file of a tar."""
+    stream = tar.extractfile(member)
+    assert stream is not None
+    return stream.read()
+
+
+class Shards:
+    """All samples of a folder of shards, in the order of their names. Raises ShardError."""
 
     def __init__(self, folder: Path) -> None:
         self.paths = sorted(folder.glob("*.tar"))
@@ -67,18 +105,12 @@ class Shards:
         places: list[tuple[int, int, int]] = []
         for number, path in enumerate(self.paths):
             with tarfile.open(path) as tar:
-                members: dict[str, dict[str, tarfile.TarInfo]] = {}
-                for member in tar:
-                    key, _, kind = member.name.partition(".")
-                    members.setdefault(key, {})[kind] = member
-                for key, parts in members.items():
+                for key, parts in members(tar).items():
                     picture = next((parts[kind] for kind in PICTURES if kind in parts), None)
                     if picture is None or "json" not in parts:
-                        raise ShardError(f"{path}: sample {key} has no picture or no .json; prepare the data again")
-                    stream = tar.extractfile(parts["json"])
-                    assert stream is not None
+                        raise _incomplete(path, key)
                     self.keys.append(key)
-                    self.about.append(json.load(stream))
+                    self.about.append(json.loads(read_member(tar, parts["json"])))
                     places.append((number, picture.offset_data, picture.size))
         self._places = np.array(places, np.int64)
 

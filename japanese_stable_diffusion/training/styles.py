@@ -47,14 +47,17 @@ def _over(drawing: Pixels, ground: Floats) -> Pixels:
     return np.clip(drawing[..., :3] * alpha + ground * (1 - alpha), 0, 255).astype(np.uint8)
 
 
-def _ground(size: int, colour: tuple[int, int, int], rng: np.random.Generator, grain: int, strength: float) -> Floats:
+def _ground(
+    size: int, colour: tuple[int, int, int], rng: np.random.Generator, grain: int, strength: float
+) -> Floats:
     """A sheet of one colour with a visible grain."""
     texture = _noise(size, grain, rng)[..., None] * strength
-    return np.clip(np.array(colour, np.float32) + texture, 0, 255)
+    return np.asarray(np.clip(np.array(colour, np.float32) + texture, 0, 255), dtype=np.float32)
 
 
 def _luminance(picture: Pixels) -> Floats:
-    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), dtype=np.float32) / 255
+    grey = np.asarray(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), dtype=np.float32)
+    return np.asarray(grey / 255, dtype=np.float32)
 
 
 def _edges(drawing: Pixels, width: int) -> Floats:
@@ -64,7 +67,8 @@ def _edges(drawing: Pixels, width: int) -> Floats:
     grey = cv2.cvtColor(flat, cv2.COLOR_RGB2GRAY)
     lines = cv2.Canny(grey, 40, 110) | cv2.Canny(drawing[..., 3], 60, 160)
     lines = cv2.dilate(lines, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width)))
-    return np.asarray(cv2.GaussianBlur(lines, (3, 3), 0), dtype=np.float32) / 255
+    lines = np.asarray(cv2.GaussianBlur(lines, (3, 3), 0), dtype=np.float32)
+    return np.asarray(lines / 255, dtype=np.float32)
 
 
 def illustration(drawing: Pixels, rng: np.random.Generator) -> Pixels:
@@ -93,7 +97,9 @@ def watercolor(drawing: Pixels, rng: np.random.Generator) -> Pixels:
     shift = np.stack([_noise(size, 12, rng), _noise(size, 12, rng)]) * 1.5
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float32)
     picture = _over(drawing, np.full((size, size, 3), 255, np.float32))
-    picture = cv2.remap(picture, columns + shift[0], rows + shift[1], cv2.INTER_LINEAR, borderValue=(255, 255, 255))
+    picture = cv2.remap(
+        picture, columns + shift[0], rows + shift[1], cv2.INTER_LINEAR, borderValue=(255, 255, 255)
+    )
     picture = cv2.stylization(picture, sigma_s=20, sigma_r=0.5)
     wash = 0.66 + 0.11 * _noise(size, 30, rng)[..., None]
     washed = 255 - (255 - picture.astype(np.float32)) * np.clip(wash, 0.35, 0.95)
@@ -124,7 +130,16 @@ def pencil(drawing: Pixels, rng: np.random.Generator) -> Pixels:
 
 # Pigments of the nishiki-e printers: ink, indigo, Prussian blue, vermilion, safflower, ochre, moss, paper.
 _UKIYOE_INKS = np.array(
-    [(38, 36, 42), (44, 62, 96), (86, 124, 152), (190, 74, 52), (222, 150, 128), (214, 170, 84), (108, 128, 84), (240, 226, 194)],
+    [
+        (38, 36, 42),
+        (44, 62, 96),
+        (86, 124, 152),
+        (190, 74, 52),
+        (222, 150, 128),
+        (214, 170, 84),
+        (108, 128, 84),
+        (240, 226, 194),
+    ],
     np.float32,
 )
 
@@ -140,7 +155,9 @@ def ukiyoe(drawing: Pixels, rng: np.random.Generator) -> Pixels:
     nearest = (((lab[:, :, None] - inks) * weights) ** 2).sum(-1).argmin(-1)
     smooth[..., :3] = _UKIYOE_INKS[nearest].astype(np.uint8)
     ground = _ground(size, (236, 220, 184), rng, 4, 4)
-    sky = np.clip(1 - np.linspace(0, 1, size, dtype=np.float32) / rng.uniform(0.25, 0.45), 0, 1)[:, None, None]
+    sky = np.clip(1 - np.linspace(0, 1, size, dtype=np.float32) / rng.uniform(0.25, 0.45), 0, 1)[
+        :, None, None
+    ]
     ground = ground * (1 - 0.85 * sky) + np.array((58, 88, 128), np.float32) * 0.85 * sky
     picture = _over(smooth, ground) * (1 - 0.92 * _edges(drawing, 4))[..., None]
     wood = _noise(size, 5, rng)[..., None] * 4
@@ -154,7 +171,9 @@ def ink_wash(drawing: Pixels, rng: np.random.Generator) -> Pixels:
     dark = 0.18 * (drawing[..., 3] / 255.0) + 0.82 * dark
     bleed = cv2.GaussianBlur(dark.astype(np.float32), (0, 0), 5) * (0.75 + 0.25 * _noise(size, 16, rng))
     body = cv2.GaussianBlur(dark.astype(np.float32), (0, 0), 1.6)
-    brush = cv2.GaussianBlur(_edges(drawing, 4), (0, 0), 1.0) * np.clip(0.65 + 0.35 * _noise(size, 14, rng), 0.1, 1)
+    brush = cv2.GaussianBlur(_edges(drawing, 4), (0, 0), 1.0) * np.clip(
+        0.65 + 0.35 * _noise(size, 14, rng), 0.1, 1
+    )
     ink = np.clip(0.5 * body + 0.35 * np.clip(bleed, 0, 1) + 0.95 * brush, 0, 0.95)
     paper = _ground(size, (240, 236, 226), rng, 5, 3)
     picture = paper * (1 - ink[..., None]) + np.array((24, 24, 28), np.float32) * ink[..., None]
