@@ -1,0 +1,177 @@
+"""What a person types at scripts/predict, and what comes back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from japanese_stable_diffusion.command import name_files, predict, read_inputs, read_json
+from japanese_stable_diffusion.request import RequestError
+
+SMALL = ["width=64", "height=128", "num_inference_steps=1"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with a space in its name, where predictions use the tiny model."""
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("JSD_WEIGHTS", str(tiny_weights))
+    return folder
+
+
+def test_texts_stay_texts_and_the_rest_is_parsed(folder: Path) -> None:
+    typed = ["prompt=1 + 1 = 2", "negative_prompt=", "width=64", "guidance_scale=2", "seed=0", "scheduler=7"]
+    inputs = {"prompt": "1 + 1 = 2", "negative_prompt": "", "width": 64, "guidance_scale": 2, "seed": 0}
+    assert read_inputs(typed) == {**inputs, "scheduler": "7"}
+
+
+def test_a_value_is_read_from_a_file(folder: Path) -> None:
+    Path("my prompt.txt").write_text("\ufeff富士山\n浮世絵\r\n", encoding="utf-8")
+    Path("seed").write_text("7\n")
+    assert read_inputs(["prompt=@my prompt.txt", "seed=@seed"]) == {"prompt": "富士山\n浮世絵", "seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["seed=abc"], "seed: 'abc' is not a whole number"),
+        (["seed="], "seed: '' is not a whole number"),
+        (["seed=1.5"], "seed: 1.5 is not a whole number"),
+        (["seed=" + "9" * 5000], "seed: "),
+        (["seed=" + "[" * 99999], "seed: "),
+        (["width=500"], "width: 500"),
+        (["guidance_scale=NaN"], "guidance_scale: "),
+        (["scheduler=ddim"], "scheduler: 'ddim'"),
+        (["prompt=\udcff"], "prompt: "),
+        (["steps=20"], "'steps': is not an input; the inputs are prompt, negative_prompt, width"),
+        (["=1"], "'': is not an input"),
+        (["サラリーマン"], "-i 'サラリーマン': has no value"),
+        (["seed=1", "seed=1"], "seed: is given twice"),
+        (["prompt=@nowhere.txt"], "prompt: can't read 'nowhere.txt' (No such file or directory)"),
+        (["prompt=@."], "prompt: can't read '.' (Is a directory)"),
+        (["prompt=@binary"], "prompt: 'binary' is not UTF-8 text"),
+        (["prompt=@/dev/zero"], "prompt: is 1,000,000 characters long"),
+        (["prompt=@\0"], "prompt: can't read '\\x00'"),
+    ],
+)
+def test_a_wrong_input_is_told_in_one_line(
+    typed: list[str], told: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("binary").write_bytes(b"\xff\xfe\x00")
+    assert predict(typed, None, None) == 2
+    out, error = capsys.readouterr()
+    assert error.startswith(told) and error.count("\n") == 1 and error.endswith("\n")
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "--json: is not JSON"),
+        ("[" * 99999, "--json: is not JSON"),
+        ("[1]", "--json: is not an object"),
+        ("@nowhere.json", "--json: can't read 'nowhere.json'"),
+        ('{"steps": 1}', "'steps': is not an input"),
+        ('{"seed": "1"}', "seed: '1' is not a whole number"),
+        ('{"num_outputs": true}', "num_outputs: True is not a whole number"),
+    ],
+)
+def test_wrong_json_is_told_in_one_line(
+    text: str, told: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict([], text, None) == 2
+    out, error = capsys.readouterr()
+    assert error.startswith(told) and error.count("\n") == 1
+    assert json.loads(out) == {"status": "failed", "output": [], "error": error.removesuffix("\n")}
+
+
+def test_json_values_are_taken_as_they_are(folder: Path) -> None:
+    Path("inputs.json").write_text('{"prompt": "@猫", "seed": null}', encoding="utf-8")
+    assert read_json("@inputs.json") == {"prompt": "@猫", "seed": None}
+
+
+def test_pictures_go_where_they_should(folder: Path) -> None:
+    (folder / "there.png").mkdir()
+    assert name_files(None, 2) == [Path("output.0.png"), Path("output.1.png")]
+    assert name_files("new/deeper", 1) == [Path("new/deeper/output.0.png")]
+    assert name_files("v1.5/", 1) == [Path("v1.5/output.0.png")]
+    assert name_files("there.png", 2) == [Path("there.png/output.0.png"), Path("there.png/output.1.png")]
+    assert name_files("other/cat.PNG", 1) == [Path("other/cat.PNG")]
+    assert (folder / "new" / "deeper").is_dir() and (folder / "other").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("output", "count", "told"),
+    [
+        ("cat.jpg", 1, "--output: 'cat.jpg' is neither a folder nor a file that ends in .png"),
+        ("cats.png", 2, "--output: 'cats.png' is one file for 2 pictures"),
+        ("file/inside", 1, "--output: 'file/inside' can't be made (Not a directory)"),
+        ("taken", 1, "--output: 'taken/output.0.png' is a folder"),
+    ],
+)
+def test_a_wrong_output_is_told_before_anything_is_computed(
+    output: str, count: int, told: str, folder: Path
+) -> None:
+    Path("file").touch()
+    Path("taken/output.0.png").mkdir(parents=True)
+    with pytest.raises(RequestError) as error:
+        name_files(output, count)
+    assert str(error.value).startswith(told)
+
+
+def test_pictures_are_written_and_named_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict([*SMALL, "seed=1", "num_outputs=2"], None, None) == 0
+    assert capsys.readouterr().out == "output.0.png\noutput.1.png\n"
+    assert [Image.open(f"output.{i}.png").size for i in range(2)] == [(64, 128)] * 2
+
+    assert predict([*SMALL, "seed=2"], None, "again.png") == 0
+    # A batch may round otherwise than one picture alone.
+    assert (
+        largest_difference("again.png", "output.1.png") <= 2 < largest_difference("again.png", "output.0.png")
+    )
+
+
+def test_json_in_is_json_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 1, "prompt": "@猫"}
+    assert predict([], json.dumps(inputs), "pictures") == 0
+    written = {"status": "succeeded", "output": ["pictures/output.0.png"], "error": ""}
+    assert json.loads(capsys.readouterr().out) == written
+    assert Image.open("pictures/output.0.png").size == (64, 64)
+
+
+def test_nothing_is_left_behind_but_the_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = folder.parent / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    assert predict(SMALL, None, None) == 0
+    assert os.listdir(scratch) == []
+
+
+def test_missing_weights_are_told_in_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JSD_WEIGHTS", "nowhere")
+    assert predict(SMALL, None, None) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("JSD_WEIGHTS: nowhere is not a folder") and error.count("\n") == 1
+
+
+def test_a_wrong_input_is_told_before_pytorch_is_loaded() -> None:
+    code = (
+        "import sys\nfrom japanese_stable_diffusion.command import predict\n"
+        "assert predict(['seed=x'], None, None) == 2\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def largest_difference(one: str, other: str) -> int:
+    pictures = (np.asarray(Image.open(file), dtype=int) for file in (one, other))
+    return int(abs(np.subtract(*pictures)).max())
