@@ -1,0 +1,107 @@
+"""What a training run does, read from a small TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+HERE = Path(__file__).parent
+
+
+class ConfigurationError(Exception):
+    """A configuration can't be used; the message names the file and the entry."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the recipe.
+
+    ``batch_size`` counts samples over all processes; ``micro_batch_size`` those that one process
+    computes at a time, and what is missing between the two is made up by gradient accumulation.
+    ``start`` says for each model which earlier stage, or which weights folder (it has a slash), it comes
+    from ("" for the configuration's own random start). ``train`` names the models whose weights move.
+    ``crop`` trains an autoencoder on squares of so many pixels cut out at random (0: whole pictures).
+    """
+
+    name: str
+    objective: Literal["autoencoding", "denoising"]
+    train: tuple[str, ...]
+    start: dict[str, str]
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    language: Literal["ja", "en"] = "ja"
+    only_styles_of_base: bool = False
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    caption_dropout: float = 0.1
+    min_snr_gamma: float = 0.0
+    kl_weight: float = 1e-4
+    crop: int = 0
+    cache_latents: bool = True
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    workers: int = 0
+    checkpoint_steps: int = 500
+    picture_steps: int = 500
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All of a recipe: how large the models are, and the stages in the order in which they run.
+
+    ``models`` holds the diffusers and transformers configurations of the autoencoder, the UNet and
+    the text encoder. ``vocabulary`` counts the pieces of each tokenizer that is trained here;
+    ``scheduler`` is the noise schedule that is trained on.
+    """
+
+    name: str
+    seed: int
+    resolution: int
+    enlarge: int
+    vocabulary: int
+    scheduler: dict[str, Any]
+    models: dict[str, dict[str, Any]]
+    stages: tuple[Stage, ...]
+    prompts: dict[str, list[str]] = field(default_factory=dict)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of this name; raises ConfigurationError."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigurationError(f"stage {name}: {self.name} has {', '.join(s.name for s in self.stages)}")
+
+
+def read_configuration(name: str) -> Configuration:
+    """Read one of this folder's configurations by name (``demo``, ``full``), or any TOML file by path."""
+    path = Path(name) if name.endswith(".toml") else HERE / f"{name}.toml"
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.stem for p in HERE.glob("*.toml") if p.stem != "claims"))
+        raise ConfigurationError(
+            f"configuration {name}: not found; there are {known}, or give a .toml file"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+    common = table.pop("stage", {})
+    stages = []
+    for entry in table.pop("stages", []):
+        unknown = set(common | entry) - {f.name for f in fields(Stage)}
+        if unknown:
+            raise ConfigurationError(
+                f"{path}: stage {entry.get('name')} has no entry {', '.join(sorted(unknown))}"
+            )
+        try:
+            stages.append(Stage(**{**common, **entry, "train": tuple(entry["train"])}))
+        except (KeyError, TypeError) as error:
+            raise ConfigurationError(f"{path}: stage {entry.get('name')}: {error}") from None
+    try:
+        return Configuration(name=path.stem, stages=tuple(stages), **table)
+    except TypeError as error:
+        raise ConfigurationError(f"{path}: {error}") from None

@@ -1,0 +1,67 @@
+"""What the stages minimise: an autoencoder's reconstruction, and a denoiser's error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+Losses = dict[str, Tensor]
+
+
+class Autoencoding(nn.Module):
+    """L1 + L2 reconstruction error and a small KL term (Rombach et al. 2022, arXiv:2112.10752, app. G)."""
+
+    def __init__(self, vae: AutoencoderKL, kl_weight: float) -> None:
+        super().__init__()
+        self.vae = vae
+        self.kl_weight = kl_weight
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> Losses:
+        """``pixels`` (batch, 3, height, width) in -1 to 1; ``noise`` shaped as the latents."""
+        posterior = self.vae.encode(pixels).latent_dist
+        restored = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        difference = (restored - pixels).float()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        l1, l2 = difference.abs().mean(), difference.pow(2).mean()
+        return {"loss": l1 + l2 + self.kl_weight * kl, "l1": l1, "kl": kl}
+
+
+class Denoising(nn.Module):
+    """Epsilon prediction on latents (Ho et al. 2020, arXiv:2006.11239, eq. 14), conditioned on token ids.
+
+    With ``min_snr_gamma`` above 0 each timestep weighs min(SNR, gamma) / SNR (Hang et al. 2023,
+    arXiv:2303.09556, eq. 5 for epsilon).
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        scheduler: dict[str, Any],
+        min_snr_gamma: float,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+        self.noise_schedule = DDPMScheduler(**scheduler)
+        signal = self.noise_schedule.alphas_cumprod
+        snr = signal / (1 - signal)
+        weights = snr.clamp(max=min_snr_gamma) / snr if min_snr_gamma else torch.ones_like(snr)
+        self.timestep_weights: Tensor
+        self.register_buffer("timestep_weights", weights, persistent=False)
+
+    def forward(self, latents: Tensor, noise: Tensor, timesteps: Tensor, ids: Tensor) -> Losses:
+        """The losses of scaled ``latents`` (batch, channels, height, width) and ``noise`` of the same shape.
+
+        ``timesteps`` is (batch,), ``ids`` is (batch, 77).
+        """
+        noisy = self.noise_schedule.add_noise(latents, noise, timesteps)
+        embeddings = self.text_encoder(ids).last_hidden_state
+        predicted = self.unet(noisy, timesteps, embeddings).sample
+        errors = (predicted.float() - noise.float()).pow(2).mean(dim=(1, 2, 3))
+        weights = self.timestep_weights[timesteps]
+        return {"loss": (errors * weights).mean(), "error": errors.mean()}

@@ -1,0 +1,337 @@
+"""One training loop for every stage, on Accelerate (https://huggingface.co/docs/accelerate).
+
+A step is a function of the models' state, the seed and the step's number, so a run that was killed
+and resumed ends with the same weights as one that was not, and several processes see the same
+samples and noise as one would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from japanese_stable_diffusion.tokenizer import Tokenizer
+from japanese_stable_diffusion.weights import Manifest, Weights
+
+from .batches import Draws, Steps, cached_moments, fingerprint, loader, noise_for, to_tensor
+from .configuration import Configuration, ConfigurationError, Stage
+from .evaluation import Ask, Settings, generate, through_autoencoder
+from .export import save_models
+from .objectives import Autoencoding, Denoising
+from .shards import Shards
+from .styles import Pixels
+from .tokenizer import train_tokenizer
+
+Models = dict[str, Any]
+"""Models by the names of their folders; diffusers publishes no types."""
+
+MODELS: Models = {
+    "vae": AutoencoderKL,
+    "unet": UNet2DConditionModel,
+    "text_encoder": CLIPTextModel,
+}
+KEPT_CHECKPOINTS = 2
+
+
+def make_model(name: str, configuration: Configuration) -> Any:
+    """A model of the configuration's size with random weights."""
+    options = configuration.models[name]
+    if name == "text_encoder":
+        return CLIPTextModel(CLIPTextConfig(**options))
+    return MODELS[name].from_config(options)
+
+
+def origin_folder(origin: str, runs: Path) -> Path:
+    """Where a stage finds what it starts from: an earlier stage's weights, or any folder (it has a slash)."""
+    return Path(origin) if "/" in origin else runs / origin / "weights"
+
+
+def start_models(configuration: Configuration, stage: Stage, runs: Path) -> Models:
+    """The stage's models at step 0: new, from an earlier stage of this run, or from a weights folder."""
+    torch.manual_seed(configuration.seed)
+    models = {}
+    for name, origin in stage.start.items():
+        if not origin:
+            models[name] = make_model(name, configuration)
+            continue
+        folder = origin_folder(origin, runs) / name
+        if not (folder / "config.json").is_file():
+            raise ConfigurationError(
+                f"stage {stage.name}: {name} starts from {origin}, but there is no {folder}; "
+                f"train that stage first, or put that folder there"
+            )
+        models[name] = MODELS[name].from_pretrained(folder, torch_dtype=torch.float32)
+    return models
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Linear warm-up, then linear decay to a hundredth."""
+    warm = min(1.0, (step + 1) / max(1, stage.warmup_steps))
+    return stage.learning_rate * warm * max(0.01, 1 - step / stage.steps)
+
+
+def _objective(configuration: Configuration, stage: Stage, models: Models) -> nn.Module:
+    for name, model in models.items():
+        model.requires_grad_(name in stage.train)
+        model.train(name in stage.train)
+    if stage.objective == "autoencoding":
+        return Autoencoding(models["vae"], stage.kl_weight)
+    return Denoising(models["unet"], models["text_encoder"], configuration.scheduler, stage.min_snr_gamma)
+
+
+def _tokenizer_folder(configuration: Configuration, stage: Stage, shards: Shards, runs: Path) -> Path:
+    """The tokenizer of this stage's language, trained when its language is first met."""
+    folder = runs / f"tokenizer-{stage.language}"
+    if not (folder / "tokenizer_config.json").is_file():
+        texts = (text for about in shards.about for text in about[stage.language])
+        train_tokenizer(texts, configuration.vocabulary, folder)
+    return folder
+
+
+def _latest(folder: Path) -> Path | None:
+    return max(folder.glob("step-*"), default=None)
+
+
+def _checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Save everything under a temporary name and rename it, so that a checkpoint is whole or not there."""
+    partial = folder / "partial"
+    if accelerator.is_main_process and partial.exists():
+        shutil.rmtree(partial)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        os.sync()
+        partial.rename(folder / f"step-{step:09d}")
+        for old in sorted(folder.glob("step-*"))[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+
+def train(
+    configuration: Configuration,
+    stage: Stage,
+    data: Path,
+    runs: Path,
+    cpu: bool = False,
+) -> Path:
+    """Run or resume one stage; return the folder with its weights.
+
+    ``data`` holds shards, ``runs`` the stages' folders: ``<stage>/checkpoints`` to resume from,
+    ``<stage>/logs`` for TensorBoard and, at the end, ``<stage>/weights`` (the average of the weights,
+    single precision).
+
+    Raises ConfigurationError, ShardError.
+    """
+    folder = runs / stage.name
+    weights = folder / "weights"
+    if weights.is_dir():
+        return weights
+    share = stage.batch_size // stage.micro_batch_size
+    accelerator = Accelerator(mixed_precision=stage.precision, cpu=cpu)
+    if stage.batch_size % (stage.micro_batch_size * accelerator.num_processes):
+        raise ConfigurationError(
+            f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of micro_batch_size "
+            f"{stage.micro_batch_size} × {accelerator.num_processes} processes"
+        )
+    accelerator.gradient_accumulation_steps = share // accelerator.num_processes
+    shards = Shards(data)
+    models = start_models(configuration, stage, runs)
+    denoising = stage.objective == "denoising"
+    tokenizer_folder: Path | None = None
+    tokenizer: Tokenizer | None = None
+    encode: Callable[[str], list[int]] | None = None
+    moments = None
+    if denoising:
+        with accelerator.main_process_first():
+            tokenizer_folder = _tokenizer_folder(configuration, stage, shards, runs)
+        tokenizer = words = Tokenizer(tokenizer_folder)
+
+        def encode(text: str) -> list[int]:
+            return words(text).ids
+
+        models["vae"].to(accelerator.device).requires_grad_(False).eval()
+        if stage.cache_latents:
+            origin = origin_folder(stage.start["vae"], runs) / "vae" / "diffusion_pytorch_model.safetensors"
+            with accelerator.main_process_first():
+                path = runs / f"latents-{fingerprint(shards, origin)}.npy"
+                with accelerator.autocast():
+                    moments = cached_moments(shards, models["vae"], path, accelerator.device)
+    objective = _objective(configuration, stage, models)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=stage.learning_rate, weight_decay=stage.weight_decay)
+    ema = EMAModel(trained, decay=stage.ema_decay)
+    ema.to(accelerator.device)
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    accelerator.register_for_checkpointing(ema)
+
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    step = 0
+    resumed = _latest(checkpoints)
+    if resumed:
+        accelerator.load_state(str(resumed))
+        step = int(resumed.name.removeprefix("step-"))
+    draws = Draws(
+        shards,
+        stage.language,
+        configuration.seed,
+        stage.only_styles_of_base,
+        encode,
+        stage.caption_dropout,
+        moments,
+        stage.crop,
+    )
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    order = Steps(step, stage.steps, stage.batch_size, stage.micro_batch_size, rank, processes)
+    micro_batches = iter(loader(draws, order, stage.workers))
+    writer = SummaryWriter(str(folder / "logs"), purge_step=step) if accelerator.is_main_process else None
+    curve = folder / "loss.jsonl"
+    bar = tqdm(
+        initial=step, total=stage.steps, desc=stage.name, unit="step", disable=not accelerator.is_main_process
+    )
+    batch_share = stage.batch_size // processes
+    timesteps = configuration.scheduler["num_train_timesteps"]
+    scaling = float(models["vae"].config["scaling_factor"])
+    while step < stage.steps:
+        rate = learning_rate(stage, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        totals: dict[str, Tensor] = {}
+        start = step * stage.batch_size + rank * batch_share
+        for first in range(start, start + batch_share, stage.micro_batch_size):
+            item = next(micro_batches)
+            positions = range(first, first + stage.micro_batch_size)
+            with accelerator.accumulate(objective):
+                losses = _losses(objective, models, item, positions, configuration.seed, scaling, timesteps)
+                accelerator.backward(losses["loss"])
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(trained, stage.gradient_clip)
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value.detach()
+        ema.step(trained)
+        step += 1
+        means = {
+            name: float(accelerator.reduce(value, "mean")) * stage.micro_batch_size / batch_share
+            for name, value in totals.items()
+        }
+        bar.update()
+        bar.set_postfix(loss=f"{means['loss']:.4f}")
+        if writer:
+            with curve.open("a") as stream:
+                stream.write(json.dumps({"step": step, "learning_rate": rate, **means}) + "\n")
+            if step % 20 == 0:
+                for name, value in means.items():
+                    writer.add_scalar(name, value, step)
+                writer.add_scalar("learning_rate", rate, step)
+        if step % stage.checkpoint_steps == 0 or step == stage.steps:
+            _checkpoint(accelerator, checkpoints, step)
+        if writer and (step % stage.picture_steps == 0 or step == stage.steps):
+            ema.store(trained)
+            ema.copy_to(trained)
+            writer.add_images(
+                "pictures", _sample(configuration, stage, models, tokenizer, shards, folder), step
+            )
+            ema.restore(trained)
+    bar.close()
+    if writer:
+        writer.close()
+    if accelerator.is_main_process:
+        ema.copy_to(trained)
+        if stage.objective == "autoencoding":
+            _set_scaling(models["vae"], shards, accelerator.device)
+        partial = folder / "partial"
+        save_models(partial, models, configuration, tokenizer_folder)
+        partial.rename(weights)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return weights
+
+
+def _losses(
+    objective: nn.Module,
+    models: Models,
+    item: dict[str, Tensor],
+    positions: range,
+    seed: int,
+    scaling: float,
+    timesteps: int,
+) -> dict[str, Tensor]:
+    device = next(objective.parameters()).device
+    vae = models["vae"]
+    if "moments" in item:
+        mean, logvar = item["moments"].to(device).chunk(2, dim=1)
+    elif "ids" in item:
+        with torch.no_grad():
+            mean, logvar = vae.encode(item["picture"].to(device)).latent_dist.parameters.chunk(2, dim=1)
+    else:
+        pixels = item["picture"].to(device)
+        factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        shape = (vae.config["latent_channels"], pixels.shape[2] // factor, pixels.shape[3] // factor)
+        losses: dict[str, Tensor] = objective(
+            pixels, noise_for(seed, positions, shape, timesteps)[0].to(device)
+        )
+        return losses
+    posterior, noise, steps = (
+        t.to(device) for t in noise_for(seed, positions, tuple(mean.shape[1:]), timesteps)
+    )
+    latents = (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior) * scaling
+    denoised: dict[str, Tensor] = objective(latents, noise, steps, item["ids"].to(device))
+    return denoised
+
+
+@torch.inference_mode()
+def _sample(
+    configuration: Configuration,
+    stage: Stage,
+    models: Models,
+    tokenizer: Tokenizer | None,
+    shards: Shards,
+    folder: Path,
+) -> Pixels:
+    """Pictures for the log, (count, 3, height, width), uint8.
+
+    Of the configuration's prompts, or originals beside what the autoencoder makes of them.
+    """
+    for model in models.values():
+        model.eval()
+    if tokenizer is None:
+        originals = [shards.picture(index) for index in range(0, len(shards), max(1, len(shards) // 8))]
+        restored = through_autoencoder(models["vae"], originals)
+        pictures = np.concatenate([np.stack(originals), restored])
+    else:
+        about = Manifest(folder.name, native_size=configuration.resolution, enlarge=configuration.enlarge)
+        parts = models["text_encoder"], models["unet"], models["vae"]
+        weights = Weights(folder, about, tokenizer, *parts, configuration.scheduler, safety=None)
+        prompts = configuration.prompts[stage.language]
+        asks = [Ask(prompt, "", seed, (), None) for seed, prompt in enumerate(prompts)]
+        pictures = generate(weights, asks, Settings())
+    for name, model in models.items():
+        model.train(name in stage.train)
+    return pictures.transpose(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def _set_scaling(vae: AutoencoderKL, shards: Shards, device: torch.device, count: int = 512) -> None:
+    """Scale latents to unit variance (Rombach et al. 2022, appendix G), measured on ``count`` pictures."""
+    vae.eval()
+    indices = range(0, len(shards), max(1, len(shards) // count))
+    latents = [
+        vae.encode(to_tensor(shards.picture(index))[None].to(device)).latent_dist.mean for index in indices
+    ]
+    vae.register_to_config(scaling_factor=float(1 / torch.cat(latents).std()))
