@@ -61,7 +61,7 @@ class Limits:
             raise FilterError(f"japanese: {self.japanese} is no share of letters; 0 to 1 is allowed")
         if self.min_side < 0:
             raise FilterError(f"min-side: {self.min_side} is negative; 0 and more are allowed")
-        if self.max_ratio < 1:
+        if not self.max_ratio >= 1:
             raise FilterError(f"max-ratio: {self.max_ratio} refuses even squares; 1 and more are allowed")
         if not -1 <= self.duplicates <= MAX_DISTANCE:
             raise FilterError(
@@ -129,9 +129,8 @@ class Seen:
         self._database.execute("DELETE FROM parts WHERE shard >= ?", (shard,))
         self._database.commit()
 
-    def add(self, picture: Pixels, shard: int) -> bool:
-        """Remember a picture; False if one like it is there already."""
-        value = perceptual_hash(picture)
+    def add(self, value: int, shard: int) -> bool:
+        """Remember a picture by its hash; False if one like it is there already."""
         parts = [(n, _blob(value >> low & mask)) for n, (low, mask) in enumerate(self._parts)]
         agreeing = "SELECT hash FROM parts WHERE number = ? AND bits = ?"
         for part in parts:
@@ -236,7 +235,7 @@ class Filters:
                     fitting.append((sample, pixels))
             for sample, pixels in self._scored(fitting, refused):
                 # Last, so that a picture refused with one caption may still come in with a better one.
-                if self._seen and not self._seen.add(pixels, shard):
+                if self._seen and not self._seen.add(perceptual_hash(pixels), shard):
                     refused["duplicate"] += 1
                 else:
                     yield sample

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from . import emoji
 from .filters import Filters, Limits
+from .samples import Sample
 from .shards import read_shard, write_shard
 from .table import Download, Piece, Table, install_img2dataset
 
@@ -74,9 +75,9 @@ class Report:
         """How many shards are finished."""
         return len(self.shards)
 
-    def add(self, shard: str, seen: int, kept: int, refused: Counter[str], errors: Counter[str]) -> None:
+    def add(self, shard: str, kept: int, refused: Counter[str], errors: Counter[str]) -> None:
         """Record a finished shard."""
-        about: dict[str, Any] = {"shard": shard, "seen": seen, "kept": kept}
+        about: dict[str, Any] = {"shard": shard, "seen": kept + refused.total(), "kept": kept}
         about["refused"] = {reason: refused[reason] for reason in REASONS if refused[reason]}
         if errors:
             about["errors"] = dict(sorted(errors.items(), key=lambda item: (-item[1], item[0]))[:20])
@@ -123,6 +124,14 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _write(shard: Path, samples: Iterator[Sample]) -> int:
+    kept = write_shard(shard, samples)
+    if not kept:
+        # An empty tar says no more than none.
+        shard.unlink()
+    return kept
+
+
 def _draw(art: Path, folder: Path, size: int, first: int) -> Path:
     path = folder / f"emoji-{first:05d}.drawn"
     if not path.exists():
@@ -151,8 +160,8 @@ def prepare_emoji(
             for number, path in enumerate(progress, report.done):
                 refused = Counter[str]()
                 shard = path.with_suffix(".tar")
-                kept = write_shard(shard, filters.passing(read_shard(path), number, refused))
-                report.add(shard.name, kept + refused.total(), kept, refused, Counter())
+                kept = _write(shard, filters.passing(read_shard(path), number, refused))
+                report.add(shard.name, kept, refused, Counter())
                 path.unlink()
         filters.close()
     return report
@@ -198,18 +207,16 @@ def prepare_table(
             download.wait()
             shard, errors = folder / f"table-{number:05d}.tar", Counter[str]()
             samples = download.samples(f"{number:05d}", piece.refused, errors)
-            kept = write_shard(shard, filters.passing(samples, number, piece.refused))
-            if not kept:
-                shard.unlink()
-            report.add(shard.name, piece.seen, kept, piece.refused, errors)
+            kept = _write(shard, filters.passing(samples, number, piece.refused))
+            report.add(shard.name, kept, piece.refused, errors)
             download.clear()
             running.popleft()
-            progress.update(piece.seen)
+            progress.update(report.shards[number]["seen"])
 
         try:
             for number, piece in enumerate(table.pieces(limits, rows_per_shard)):
                 if number < report.done:
-                    progress.update(piece.seen)
+                    progress.update(report.shards[number]["seen"])
                     continue
                 place = folder / "downloads" / f"{number:05d}"
                 running.append((number, piece, Download(python, piece, place, size, timeout)))

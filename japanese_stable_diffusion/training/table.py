@@ -65,10 +65,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Piece:
-    """The rows that make up one shard, and how many were read and refused to find them."""
+    """The rows that make up one shard, and how many were refused to find them."""
 
     rows: list[Row]
-    seen: int
     refused: Counter[str]
 
 
@@ -111,22 +110,21 @@ class Table:
     def pieces(self, limits: Limits, rows_per_piece: int) -> Iterator[Piece]:
         """Read on until ``rows_per_piece`` rows pass what can be told without the picture, and again."""
         rows: list[Row] = []
-        seen, refused = 0, Counter[str]()
+        refused = Counter[str]()
         for file, columns in zip(self.paths, self._columns, strict=True):
             with pq.ParquetFile(file) as parquet:
                 for batch in parquet.iter_batches(4096, columns=list(columns.values())):
                     for line in batch.rename_columns(list(columns)).to_pylist():
-                        seen += 1
                         wrong = _wrong(line, limits)
                         if wrong:
                             refused[wrong] += 1
                             continue
                         rows.append(_row(line))
                         if len(rows) == rows_per_piece:
-                            yield Piece(rows, seen, refused)
-                            rows, seen, refused = [], 0, Counter()
-        if seen:
-            yield Piece(rows, seen, refused)
+                            yield Piece(rows, refused)
+                            rows, refused = [], Counter()
+        if rows or refused:
+            yield Piece(rows, refused)
 
 
 def _row(line: dict[str, Any]) -> Row:
@@ -167,7 +165,17 @@ def install_img2dataset(folder: Path) -> Path:
         unfinished = Path(scratch) / "environment"
         venv.create(unfinished, with_pip=True)
         pip = subprocess.run(
-            [unfinished / python, "-m", "pip", "install", "--no-input", "--quiet", "-r", REQUIREMENTS],
+            [
+                unfinished / python,
+                "-m",
+                "pip",
+                "install",
+                "--no-input",
+                "--no-compile",
+                "--quiet",
+                "-r",
+                REQUIREMENTS,
+            ],
             stdout=sys.stderr,
             stderr=subprocess.PIPE,
             text=True,
