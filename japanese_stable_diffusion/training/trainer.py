@@ -235,10 +235,9 @@ def train(
         if writer:
             with curve.open("a") as stream:
                 stream.write(json.dumps({"step": step, "learning_rate": rate, **means}) + "\n")
-            if step % 20 == 0:
-                for name, value in means.items():
-                    writer.add_scalar(name, value, step)
-                writer.add_scalar("learning_rate", rate, step)
+            for name, value in means.items():
+                writer.add_scalar(name, value, step)
+            writer.add_scalar("learning_rate", rate, step)
         if step % stage.checkpoint_steps == 0 or step == stage.steps:
             _checkpoint(accelerator, checkpoints, step)
         if writer and (step % stage.picture_steps == 0 or step == stage.steps):

@@ -1,0 +1,241 @@
+"""The training loop: its stages, its checkpoints, its processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from japanese_stable_diffusion.pipeline import Picture, Pipeline
+from japanese_stable_diffusion.request import Request
+from japanese_stable_diffusion.training.batches import BASE_STYLES, Draws, Steps, noise_for, takes_part
+from japanese_stable_diffusion.training.configuration import (
+    ConfigurationError,
+    Stage,
+    read_configuration,
+)
+from japanese_stable_diffusion.training.demo import needed_stages
+from japanese_stable_diffusion.training.export import publish
+from japanese_stable_diffusion.training.shards import Shards
+from japanese_stable_diffusion.training.trainer import learning_rate, train
+from japanese_stable_diffusion.weights import load_weights, read_manifest, verify_weights
+
+TINY = Path(__file__).with_name("tiny.toml")
+DOORS = Path(__file__).parents[2] / "scripts"
+CPU = torch.device("cpu")
+
+
+def tensors(folder: Path, model: str) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / model).glob("*.safetensors")))
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "loss.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(drawn_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All four stages, trained for a few steps each."""
+    folder = tmp_path_factory.mktemp("runs")
+    configuration = read_configuration(str(TINY))
+    for stage in configuration.stages:
+        train(configuration, stage, drawn_folder, folder, cpu=True)
+    return folder
+
+
+def test_every_stage_trains_what_it_says_and_nothing_else(runs: Path) -> None:
+    base, stage1, stage2 = (runs / name / "weights" for name in ("base", "stage1", "stage2"))
+    assert same(tensors(runs / "autoencoder" / "weights", "vae"), tensors(stage2, "vae"))
+    assert same(tensors(base, "unet"), tensors(stage1, "unet"))
+    assert not same(tensors(stage1, "unet"), tensors(stage2, "unet"))
+    assert not same(tensors(stage1, "text_encoder"), tensors(stage2, "text_encoder"))
+
+
+def test_the_autoencoder_learns_and_scales_its_latents(runs: Path) -> None:
+    curve = losses(runs / "autoencoder")
+    assert curve[-1] < 0.9 * curve[0]
+    config = json.loads((runs / "autoencoder" / "weights" / "vae" / "config.json").read_text())
+    assert config["scaling_factor"] != 0.18215
+
+
+def test_sample_pictures_and_losses_are_logged(runs: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for stage in ("autoencoder", "stage2"):
+        events = EventAccumulator(str(runs / stage / "logs"))
+        events.Reload()
+        assert events.Tags()["images"], stage
+        assert {"loss", "learning_rate"} <= set(events.Tags()["scalars"]), stage
+
+
+def test_published_weights_make_pictures_and_say_where_they_come_from(runs: Path, tmp_path: Path) -> None:
+    configuration = read_configuration(str(TINY))
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "LICENSE.md").write_text("stays")
+    publish(runs / "stage2" / "weights", folder, configuration, "stage2", "1")
+    manifest = read_manifest(folder)
+    verify_weights(folder, manifest, hashes=True)
+    assert (folder / "LICENSE.md").read_text() == "stays"
+    assert manifest.native_size == 64 and manifest.enlarge == 2
+    assert manifest.training is not None and "stage2" in manifest.training.configuration
+    assert tensors(folder, "unet")["conv_in.weight"].dtype == torch.float16
+    pipeline = Pipeline(load_weights(folder, CPU, torch.float32))
+    request = Request(prompt="犬", width=128, height=128, num_inference_steps=2, seed=1)
+    pictures = [made.image for made in pipeline.generate(request) if isinstance(made, Picture)]
+    assert [picture.size for picture in pictures] == [(128, 128)]
+    assert isinstance(pictures[0], Image.Image)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(runs: Path, drawn_folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "tiny"
+    shutil.copytree(runs / "autoencoder", mine / "autoencoder")
+    for path in runs.glob("*-*"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, mine / path.name)
+    command = [sys.executable, DOORS / "train", "base", "--cpu", "--configuration", str(TINY)]
+    command += ["--data", str(drawn_folder), "--runs", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    curve = mine / "base" / "loss.jsonl"
+    while process.poll() is None and not (curve.exists() and curve.read_text().count("\n") >= 6):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert not (mine / "base" / "weights").exists()
+    train(
+        read_configuration(str(TINY)),
+        read_configuration(str(TINY)).stage("base"),
+        drawn_folder,
+        mine,
+        cpu=True,
+    )
+    steps = [json.loads(line)["step"] for line in curve.read_text().splitlines()]
+    assert steps[-1] == 12 and len(steps) > 12, "it did not go on from a checkpoint"
+    for model in ("unet", "text_encoder"):
+        assert same(tensors(mine / "base" / "weights", model), tensors(runs / "base" / "weights", model))
+
+
+@pytest.mark.slow
+def test_two_processes_follow_the_curve_of_one(runs: Path, drawn_folder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "long.toml"
+    recipe.write_text(TINY.read_text().replace("steps = 12\n", "steps = 200\n", 1))
+    curves = []
+    for processes in (1, 2):
+        mine = tmp_path / str(processes)
+        shutil.copytree(runs / "autoencoder", mine / "long" / "autoencoder")
+        command = [
+            Path(sys.executable).with_name("torchrun"),
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
+        command += [DOORS / "train", "base", "--cpu", "--configuration", str(recipe)]
+        command += ["--data", str(drawn_folder), "--runs", str(mine)]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        curves.append(losses(mine / "long" / "base"))
+    assert len(curves[0]) == len(curves[1]) == 200
+    for one, two in zip(*curves, strict=True):
+        assert two == pytest.approx(one, rel=0.01)
+
+
+def test_draws_leave_out_what_the_report_asks_for(drawn: Shards) -> None:
+    def seen(only_styles_of_base: bool) -> set[tuple[str, str]]:
+        draws = Draws(drawn, "ja", 0, only_styles_of_base, None, 0.1, None)
+        return {(drawn.about[i]["concept"], drawn.about[i]["style"]) for i in draws.members}
+
+    assert ("🍣", "oil_painting") not in seen(False)
+    assert ("🍣", "ukiyoe") in seen(False)
+    assert {style for _, style in seen(True)} <= BASE_STYLES
+    assert takes_part({"url": "https://example.org/1.jpg"}, only_styles_of_base=True)
+
+
+def test_captions_are_dropped_as_often_as_asked(drawn: Shards) -> None:
+    words: list[str] = []
+
+    def encode(text: str) -> list[int]:
+        words.append(text)
+        return [0] * 77
+
+    draws = Draws(drawn, "ja", 0, False, encode, 0.25, None)
+    for position in range(400):
+        draws[position]
+    assert words.count("") == pytest.approx(100, abs=30)
+    assert "犬" in words
+
+
+def test_an_epoch_shows_every_sample_once_in_an_order_of_its_own(drawn: Shards) -> None:
+    draws = Draws(drawn, "ja", 0, False, None, 0.1, None)
+    count = len(draws.members)
+    first, second = (
+        [draws[p]["picture"].sum().item() for p in range(e * count, (e + 1) * count)] for e in (0, 1)
+    )
+    assert first != second and sorted(first) == pytest.approx(sorted(second))
+
+
+def test_processes_share_a_step_between_them() -> None:
+    alone = [position for batch in Steps(3, 5, 8, 4, 0, 1) for position in batch]
+    shared = [list(Steps(3, 5, 8, 4, rank, 2)) for rank in (0, 1)]
+    assert alone == list(range(24, 40))
+    assert [shared[0][0], shared[1][0]] == [[24, 25, 26, 27], [28, 29, 30, 31]]
+    with pytest.raises(ValueError, match="multiple"):
+        Steps(0, 1, 8, 4, 0, 3)
+
+
+def test_noise_belongs_to_the_position() -> None:
+    whole = noise_for(1, range(10, 14), (2, 3), 1000)
+    part = noise_for(1, range(12, 14), (2, 3), 1000)
+    assert all(torch.equal(a[2:], b) for a, b in zip(whole, part, strict=True))
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    stage = replace(
+        read_configuration(str(TINY)).stage("base"), steps=100, warmup_steps=10, learning_rate=1.0
+    )
+    rates = [learning_rate(stage, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) < 1 and rates[-1] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("name", ["demo", "full"])
+def test_configurations_are_whole(name: str) -> None:
+    configuration = read_configuration(name)
+    assert {"stage1", "stage2"} <= {stage.name for stage in configuration.stages}
+    for stage in configuration.stages:
+        assert stage.batch_size % stage.micro_batch_size == 0
+        assert set(stage.train) <= set(stage.start)
+        assert all(o in configuration.models for o, origin in stage.start.items() if not origin)
+
+
+def test_needed_stages_come_in_order() -> None:
+    configuration = read_configuration("demo")
+    assert needed_stages(configuration, "stage2") == ["autoencoder", "base", "stage1", "stage2"]
+
+
+def test_errors_are_told_in_a_line(drawn_folder: Path, tmp_path: Path) -> None:
+    configuration = read_configuration(str(TINY))
+    with pytest.raises(ConfigurationError, match="stage3: tiny has autoencoder, base, stage1, stage2"):
+        configuration.stage("stage3")
+    with pytest.raises(ConfigurationError, match="there are demo, full"):
+        read_configuration("nothing")
+    with pytest.raises(ConfigurationError, match="starts from autoencoder"):
+        train(configuration, configuration.stage("base"), drawn_folder, tmp_path, cpu=True)
+    uneven: Stage = replace(configuration.stage("autoencoder"), batch_size=9)
+    with pytest.raises(ConfigurationError, match="batch_size 9"):
+        train(configuration, uneven, drawn_folder, tmp_path, cpu=True)
+    mistyped = tmp_path / "mistyped.toml"
+    mistyped.write_text(TINY.read_text().replace("crop = 32", "corp = 32"))
+    with pytest.raises(ConfigurationError, match="autoencoder has no entry corp"):
+        read_configuration(str(mistyped))
