@@ -33,9 +33,8 @@ def predict(typed: list[str], json_text: str | None, output: str | None) -> int:
         inputs = read_inputs(typed) if json_text is None else read_json(json_text)
         # predict() checks again; but PyTorch and the weights take seconds to load, and a mistake is told now.
         request = Request(**inputs)
-        files = name_files(output, request.num_outputs)
-        pictures = _make_pictures(inputs)
-        written = [_move(picture, file) for picture, file in zip(pictures, files, strict=False)]
+        target = choose_target(output, request.num_outputs)
+        written = [_move(picture, target) for picture in _make_pictures(inputs)]
         code, error = 0, ""
     except Exception as failure:
         code, error = (2 if isinstance(failure, RequestError) else 1), _one_line(failure)
@@ -93,8 +92,8 @@ def read_json(text: str) -> dict[str, Any]:
     return inputs
 
 
-def name_files(output: str | None, count: int) -> list[Path]:
-    """The files that `count` pictures are written to, in a folder that is made if it isn't there.
+def choose_target(output: str | None, count: int) -> Path:
+    """The folder that `count` pictures go to, made if it isn't there, or the file for the only one.
 
     Raises:
         RequestError: `output` is neither a folder nor the name of one PNG file, or can't be written to.
@@ -108,19 +107,12 @@ def name_files(output: str | None, count: int) -> list[Path]:
     folder = target if is_folder else target.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(
-            f"--output: {str(folder)!r} can't be made ({error.strerror}); name another"
-        ) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RequestError(f"--output: {str(folder)!r} can't be made ({reason}); name another") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise RequestError(f"--output: {str(folder)!r} can't be written to; name another")
-    files = [folder / f"output.{i}.png" for i in range(count)] if is_folder else [target]
-    for file in files:
-        if file.is_dir():
-            raise RequestError(
-                f"--output: {str(file)!r} is a folder where the picture should go; name another"
-            )
-    return files
+    return target
 
 
 def _make_pictures(inputs: dict[str, Any]) -> list[Path]:
@@ -134,12 +126,15 @@ def _make_pictures(inputs: dict[str, Any]) -> list[Path]:
         return pictures
 
 
-def _move(picture: Path, file: Path) -> str:
-    moved = str(shutil.move(picture, file))
+def _move(picture: Path, target: Path) -> str:
+    file = target / picture.name if target.is_dir() else target
+    if file.is_dir():
+        raise RequestError(f"--output: {str(file)!r} is a folder where the picture should go; name another")
+    shutil.move(picture, file)
     with contextlib.suppress(OSError):
         # The Predictor's folder for this prediction, once its last picture is gone.
         picture.parent.rmdir()
-    return moved
+    return str(file)
 
 
 def _parse(text: str) -> object:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from japanese_stable_diffusion.command import name_files, predict, read_inputs, read_json
+from japanese_stable_diffusion.command import choose_target, predict, read_inputs, read_json
 from japanese_stable_diffusion.request import RequestError
 
 SMALL = ["width=64", "height=128", "num_inference_steps=1"]
@@ -100,12 +100,12 @@ def test_json_values_are_taken_as_they_are(folder: Path) -> None:
 
 def test_pictures_go_where_they_should(folder: Path) -> None:
     (folder / "there.png").mkdir()
-    assert name_files(None, 2) == [Path("output.0.png"), Path("output.1.png")]
-    assert name_files("new/deeper", 1) == [Path("new/deeper/output.0.png")]
-    assert name_files("v1.5/", 1) == [Path("v1.5/output.0.png")]
-    assert name_files("there.png", 2) == [Path("there.png/output.0.png"), Path("there.png/output.1.png")]
-    assert name_files("other/cat.PNG", 1) == [Path("other/cat.PNG")]
-    assert (folder / "new" / "deeper").is_dir() and (folder / "other").is_dir()
+    assert choose_target(None, 2) == Path(".")
+    assert choose_target("new/deeper", 8) == Path("new/deeper")
+    assert choose_target("v1.5/", 1) == Path("v1.5")
+    assert choose_target("there.png", 2) == Path("there.png")
+    assert choose_target("other/cat.PNG", 1) == Path("other/cat.PNG")
+    assert all(Path(made).is_dir() for made in ("new/deeper", "v1.5", "other"))
 
 
 @pytest.mark.parametrize(
@@ -114,17 +114,25 @@ def test_pictures_go_where_they_should(folder: Path) -> None:
         ("cat.jpg", 1, "--output: 'cat.jpg' is neither a folder nor a file that ends in .png"),
         ("cats.png", 2, "--output: 'cats.png' is one file for 2 pictures"),
         ("file/inside", 1, "--output: 'file/inside' can't be made (Not a directory)"),
-        ("taken", 1, "--output: 'taken/output.0.png' is a folder"),
+        ("nul\0", 1, "--output: 'nul\\x00' can't be made"),
     ],
 )
 def test_a_wrong_output_is_told_before_anything_is_computed(
     output: str, count: int, told: str, folder: Path
 ) -> None:
     Path("file").touch()
-    Path("taken/output.0.png").mkdir(parents=True)
     with pytest.raises(RequestError) as error:
-        name_files(output, count)
+        choose_target(output, count)
     assert str(error.value).startswith(told)
+
+
+def test_a_folder_in_the_way_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("output.0.png").mkdir()
+    assert predict(SMALL, None, None) == 2
+    assert capsys.readouterr().err.endswith(
+        "--output: 'output.0.png' is a folder where the picture should go; name another\n"
+    )
+    assert os.listdir("output.0.png") == []
 
 
 def test_pictures_are_written_and_named_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
