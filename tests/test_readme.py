@@ -1,0 +1,64 @@
+"""The README tells the truth about what can be tested: its files, its commands, its table of inputs."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from japanese_stable_diffusion.openapi import schema
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ["README.md", "weights/demo/LICENSE.md"]
+
+
+def test_every_file_that_it_links_is_there() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_door_that_it_names_is_there(document: str) -> None:
+    doors = set(re.findall(r"scripts/([\w-]+)", (ROOT / document).read_text(encoding="utf-8")))
+    assert doors and [door for door in doors if not (ROOT / "scripts" / door).is_file()] == []
+
+
+def test_every_flag_that_it_names_is_known() -> None:
+    for door, flag in re.findall(r"scripts/([\w-]+)[^|`#\n]* (--?[a-z][\w-]*)", README):
+        told = subprocess.run([ROOT / "scripts" / door, "--help"], capture_output=True, text=True)
+        assert re.search(rf"(^|[\s,\[]){flag}\b", told.stdout), f"scripts/{door} {flag}"
+
+
+def test_every_room_of_the_package_is_in_the_house() -> None:
+    house = README[README.index("The house") : README.index("Licences")]
+    rooms = {file.name for file in (ROOT / "japanese_stable_diffusion").glob("[!_]*.py")}
+    assert rooms == set(re.findall(r"`(?:japanese_stable_diffusion/)?(\w+\.py)`", house)) - {"predict.py"}
+
+
+def test_its_inputs_are_those_of_the_schema() -> None:
+    components = schema()["components"]["schemas"]
+    rows = [
+        line.split("|")[1:-1]
+        for line in README.splitlines()
+        if line.startswith("| `") and line.count("|") == 6
+    ]
+    table = {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in rows}
+    inputs = components["Input"]["properties"]
+    assert list(table) == list(inputs)
+    kinds = {"string": "str", "integer": "int", "number": "float"}
+    for name, described in inputs.items():
+        kind, default, allowed, _ = table[name]
+        whole = {**components.get(name, {}), **described}
+        assert kind == kinds[whole["type"]], name
+        if described["default"]:
+            assert default == f"`{described['default']}`", name
+        if "minimum" in whole:
+            assert allowed == f"{whole['minimum']}〜{whole['maximum']}", name
+        if "maxLength" in whole:
+            assert f"{whole['maxLength']:,}" in allowed, name
+        if whole["type"] == "string" and "enum" in whole:
+            assert allowed == ", ".join(f"`{choice}`" for choice in whole["enum"]), name
+        elif "enum" in whole:
+            assert allowed.startswith(f"{whole['enum'][0]}〜{whole['enum'][-1]}"), name
