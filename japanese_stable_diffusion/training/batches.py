@@ -168,7 +168,7 @@ def cached_moments(
         batch = 64
         for first in tqdm(range(0, len(shards), batch), desc="latents", unit="batch"):
             pictures = [to_tensor(shards.picture(i)) for i in range(first, min(first + batch, len(shards)))]
-            moments = vae.encode(torch.stack(pictures).to(device)).latent_dist.parameters.cpu().numpy()
+            moments = vae.encode(torch.stack(pictures).to(device)).latent_dist.parameters.float().cpu().numpy()
             if cache is None:
                 shape = (len(shards), *moments.shape[1:])
                 cache = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
