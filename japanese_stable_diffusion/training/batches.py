@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +21,7 @@ from .compositions import left_out
 from .shards import Shards
 from .styles import STYLES, Pixels
 
+ENCODED_TOGETHER = 64
 BASE_STYLES = frozenset(style.name for style in STYLES if style.in_base)
 
 
@@ -155,25 +157,35 @@ def fingerprint(shards: Shards, vae_file: Path) -> str:
 
 @torch.inference_mode()
 def cached_moments(
-    shards: Shards, vae: AutoencoderKL, path: Path, device: torch.device
+    shards: Shards, vae: AutoencoderKL, path: Path, accelerator: Accelerator
 ) -> npt.NDArray[np.float16]:
     """Mean and log-variance of every picture's latents, (samples, 2·channels, height, width), memory-mapped.
 
-    They are computed once; a broken-off computation leaves no file behind.
+    They are computed once, by all processes together; a broken-off computation leaves no such file behind.
     """
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        cache = None
-        batch = 64
-        for first in tqdm(range(0, len(shards), batch), desc="latents", unit="batch"):
-            pictures = [to_tensor(shards.picture(i)) for i in range(first, min(first + batch, len(shards)))]
-            moments = vae.encode(torch.stack(pictures).to(device)).latent_dist.parameters.float().cpu().numpy()
-            if cache is None:
-                shape = (len(shards), *moments.shape[1:])
-                cache = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
-            cache[first : first + len(moments)] = moments
-        assert cache is not None
+
+        def encode(first: int) -> npt.NDArray[np.float16]:
+            pictures = [
+                to_tensor(shards.picture(index))
+                for index in range(first, min(first + ENCODED_TOGETHER, len(shards)))
+            ]
+            moments = vae.encode(torch.stack(pictures).to(accelerator.device)).latent_dist.parameters
+            return np.asarray(moments.half().cpu().numpy())
+
+        if accelerator.is_main_process:
+            shape = (len(shards), *encode(0).shape[1:])
+            np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape).flush()
+        accelerator.wait_for_everyone()
+        cache = np.load(partial, mmap_mode="r+")
+        stride = ENCODED_TOGETHER * accelerator.num_processes
+        mine = range(ENCODED_TOGETHER * accelerator.process_index, len(shards), stride)
+        for first in tqdm(mine, desc="latents", unit="batch", disable=not accelerator.is_main_process):
+            cache[first : first + ENCODED_TOGETHER] = encode(first)
         cache.flush()
-        partial.rename(path)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            partial.rename(path)
+        accelerator.wait_for_everyone()
     return np.asarray(np.load(path, mmap_mode="r"))

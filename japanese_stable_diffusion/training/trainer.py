@@ -166,10 +166,9 @@ def train(
         models["vae"].to(accelerator.device).requires_grad_(False).eval()
         if stage.cache_latents:
             origin = origin_folder(stage.start["vae"], runs) / "vae" / "diffusion_pytorch_model.safetensors"
-            with accelerator.main_process_first():
-                path = runs / f"latents-{fingerprint(shards, origin)}.npy"
-                with accelerator.autocast():
-                    moments = cached_moments(shards, models["vae"], path, accelerator.device)
+            path = runs / f"latents-{fingerprint(shards, origin)}.npy"
+            with accelerator.autocast():
+                moments = cached_moments(shards, models["vae"], path, accelerator)
     objective = _objective(configuration, stage, models)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=stage.learning_rate, weight_decay=stage.weight_decay)
