@@ -171,7 +171,6 @@ def install_img2dataset(folder: Path) -> Path:
                 "pip",
                 "install",
                 "--no-input",
-                "--no-compile",
                 "--quiet",
                 "-r",
                 REQUIREMENTS,
