@@ -12,7 +12,7 @@ from japanese_stable_diffusion.weights import Manifest, Source, hash_files, load
 
 Precision = Literal["fp16", "fp32"]
 
-_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
+TYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 def convert(
@@ -30,7 +30,7 @@ def convert(
     Raises:
         WeightsError: `source` can't be used; the message names the file.
     """
-    weights = load_weights(source, torch.device("cpu"), _TYPES[precision])
+    weights = load_weights(source, torch.device("cpu"), TYPES[precision])
     shutil.rmtree(destination, ignore_errors=True)
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(source / part, destination / part)
@@ -46,7 +46,10 @@ def convert(
         (destination / part).mkdir()
         shutil.copy(source / part / "config.json", destination / part)
         tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-        save_file(tensors, destination / part / f"{file}.safetensors", metadata={"format": "pt"})
+        path = destination / part / f"{file}.safetensors"
+        save_file(tensors, path, metadata={"format": "pt"})
+        # safetensors lets nobody but the owner read what it writes, and containers seldom run as that.
+        path.chmod((destination / part / "config.json").stat().st_mode & 0o666)
     native_size = weights.unet.config["sample_size"] * vae_factor(weights.vae)
     write_manifest(
         Manifest(name, version, native_size, files=hash_files(destination), sources=sources), destination

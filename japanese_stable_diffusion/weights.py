@@ -21,6 +21,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel
+from transformers.initialization import no_init_weights
 
 from japanese_stable_diffusion.schedulers import make_scheduler
 from japanese_stable_diffusion.tokenizer import MAX_LENGTH, Tokenizer
@@ -205,6 +206,9 @@ def verify_weights(folder: Path, manifest: Manifest, hashes: bool) -> None:
 def load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Weights:
     """Load a weights folder, straight from its memory-mapped files onto the device.
 
+    Sizes are compared with the manifest; hashes too where JSD_VERIFY_WEIGHTS is on, which reads all files once
+    more.
+
     Args:
         folder: in today's layout or in that of 2022.
         device: where to compute.
@@ -214,7 +218,7 @@ def load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Weig
         WeightsError: a file is missing, truncated or not what it should be.
     """
     manifest = read_manifest(folder)
-    verify_weights(folder, manifest, hashes=False)
+    verify_weights(folder, manifest, hashes=_are_hashes_wanted())
     weights = Weights(
         folder=folder,
         manifest=manifest,
@@ -232,6 +236,13 @@ def load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Weig
         path = folder / "scheduler" / "scheduler_config.json"
         raise WeightsError(f"{path}: is not a noise schedule ({_one_line(error)}); {WAY_OUT}") from error
     return weights
+
+
+def _are_hashes_wanted() -> bool:
+    choice = os.environ.get("JSD_VERIFY_WEIGHTS") or "off"
+    if choice not in ("on", "off"):
+        raise WeightsError(f"JSD_VERIFY_WEIGHTS: {choice!r} is unknown; on or off is allowed")
+    return choice == "on"
 
 
 def _check_fit(weights: Weights) -> None:
@@ -295,7 +306,7 @@ def _load_model(
     """Build a model that takes no memory, and give it the tensors of its file one by one."""
     config = _read_json(folder / "config.json")
     try:
-        with init_empty_weights():
+        with init_empty_weights(), no_init_weights():
             model = make(config)
     except Exception as error:  # a config of something else can fail in any way inside the libraries
         raise WeightsError(

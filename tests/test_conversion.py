@@ -93,3 +93,9 @@ def test_an_unusable_folder_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(WeightsError):
         convert(tmp_path / "none", tmp_path / "new", "fp16", "new", "1", [SOURCE])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whoever_may_read_the_configuration_may_read_the_tensors(original: Path, tmp_path: Path) -> None:
+    convert(original, tmp_path / "new", "fp16", "new", "1", [SOURCE])
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "new" / "unet").iterdir()}
+    assert modes == {(original / "unet" / "config.json").stat().st_mode & 0o777}

@@ -182,7 +182,7 @@ def assert_refused(folder, name, told):
     assert len(message) < len(str(folder)) + 500
 
 
-def test_sizes_are_always_checked_and_hashes_when_asked(folder):
+def test_sizes_are_always_checked_and_hashes_when_asked(folder, monkeypatch):
     manifest = Manifest("tiny", files=hash_files(folder))
     assert set(manifest.files) == {
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
@@ -197,6 +197,14 @@ def test_sizes_are_always_checked_and_hashes_when_asked(folder):
     load(folder)
     with pytest.raises(WeightsError, match=f"{UNET}: its SHA-256 is not the one in manifest.json"):
         verify_weights(folder, manifest, hashes=True)
+    monkeypatch.setenv("JSD_VERIFY_WEIGHTS", "on")
+    assert_refused(folder, UNET, "its SHA-256 is not the one in manifest.json")
+    monkeypatch.setenv("JSD_VERIFY_WEIGHTS", "off")
+    load(folder)
+    monkeypatch.setenv("JSD_VERIFY_WEIGHTS", "yes")
+    with pytest.raises(WeightsError, match="^JSD_VERIFY_WEIGHTS: 'yes' is unknown; on or off is allowed$"):
+        load(folder)
+    monkeypatch.delenv("JSD_VERIFY_WEIGHTS")
 
     (folder / UNET).write_bytes(content + b"\0")
     assert_refused(folder, UNET, rf"has {len(content) + 1:,} bytes, manifest.json says {len(content):,}")
