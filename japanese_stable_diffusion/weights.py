@@ -206,8 +206,7 @@ def verify_weights(folder: Path, manifest: Manifest, hashes: bool) -> None:
 def load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Weights:
     """Load a weights folder, straight from its memory-mapped files onto the device.
 
-    Sizes are compared with the manifest; hashes too where JSD_VERIFY_WEIGHTS is on, which reads all files once
-    more.
+    Sizes are compared with the manifest; hashes too where JSD_VERIFY_WEIGHTS is on, which reads all files.
 
     Args:
         folder: in today's layout or in that of 2022.
