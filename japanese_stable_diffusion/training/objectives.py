@@ -19,7 +19,8 @@ small autoencoder that weighs them alike learns outlines first and leaves every 
 class Autoencoding(nn.Module):
     """L1 + L2 reconstruction error and a small KL term (Rombach et al. 2022, arXiv:2112.10752, app. G).
 
-    The error's brightness, its mean over the channels, and its colour, the rest, weigh as `CHROMA_WEIGHT` says.
+    The error's brightness (its mean over the channels) and its colour (the rest) weigh as
+    ``CHROMA_WEIGHT`` says.
     """
 
     def __init__(self, vae: AutoencoderKL, kl_weight: float) -> None:
