@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from japanese_stable_diffusion.provenance import Parameters, ProvenanceError, read_parameters
 from japanese_stable_diffusion.request import Request, RequestError
 
 _TYPES = get_type_hints(Request)
@@ -16,7 +18,9 @@ _MOST_TEXT = 1_000_000
 _JSON_ALLOWED = 'an object such as {"seed": 1} is allowed, or @FILE that holds one'
 
 
-def predict(typed: list[str], json_text: str | None, output: str | None) -> int:
+def predict(
+    typed: list[str], json_text: str | None = None, output: str | None = None, again: str | None = None
+) -> int:
     """Make pictures and write them to files. Their paths go to stdout, everything else to stderr.
 
     Args:
@@ -25,19 +29,22 @@ def predict(typed: list[str], json_text: str | None, output: str | None) -> int:
             then `{"status": "succeeded" or "failed", "output": [path, ...], "error": ""}`, as from
             `cog predict --json`.
         output: a folder, or for one picture a file name; the current folder if None.
+        again: a file that carries the parameters of a picture, which stand for the inputs that aren't given.
 
     Returns:
         The exit code: 0, or after one line on stderr 2 for a wrong input and 1 for any other failure.
     """
     try:
-        inputs = read_inputs(typed) if json_text is None else read_json(json_text)
+        made = read_parameters(Path(again)) if again else None
+        inputs = asdict(made.request) if made else {}
+        inputs |= read_inputs(typed) if json_text is None else read_json(json_text)
         # predict() checks again; but PyTorch and the weights take seconds to load, and a mistake is told now.
         request = Request(**inputs)
         target = choose_target(output, request.num_outputs)
-        written = [_move(picture, target) for picture in _make_pictures(inputs)]
+        written = [_move(picture, target) for picture in _make_pictures(inputs, made)]
         code, error = 0, ""
     except Exception as failure:
-        code, error = (2 if isinstance(failure, RequestError) else 1), _one_line(failure)
+        code, error = (2 if isinstance(failure, RequestError | ProvenanceError) else 1), _one_line(failure)
         written = []
         print(error, file=sys.stderr)
     if json_text is not None:
@@ -115,13 +122,17 @@ def choose_target(output: str | None, count: int) -> Path:
     return target
 
 
-def _make_pictures(inputs: dict[str, Any]) -> list[Path]:
+def _make_pictures(inputs: dict[str, Any], made: Parameters | None) -> list[Path]:
     # What the Predictor prints is its log; stdout is for the result alone.
     with contextlib.redirect_stdout(sys.stderr):
         from predict import Predictor
 
         predictor = Predictor()
         predictor.setup()
+        manifest = predictor.pipeline.weights.manifest
+        if made and (made.weights, made.weights_version) != (manifest.name, manifest.version):
+            made_with = f"{made.weights} {made.weights_version}".strip() or "unknown"
+            print(f"the weights are others than those it was made with ({made_with}): it will look different")
         pictures: list[Path] = predictor.predict(**inputs)
         return pictures
 

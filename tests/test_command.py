@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_a_wrong_input_is_told_in_one_line(
     typed: list[str], told: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("binary").write_bytes(b"\xff\xfe\x00")
-    assert predict(typed, None, None) == 2
+    assert predict(typed) == 2
     out, error = capsys.readouterr()
     assert error.startswith(told) and error.count("\n") == 1 and error.endswith("\n")
     assert out == ""
@@ -87,7 +88,7 @@ def test_a_wrong_input_is_told_in_one_line(
 def test_wrong_json_is_told_in_one_line(
     text: str, told: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert predict([], text, None) == 2
+    assert predict([], text) == 2
     out, error = capsys.readouterr()
     assert error.startswith(told) and error.count("\n") == 1
     assert json.loads(out) == {"status": "failed", "output": [], "error": error.removesuffix("\n")}
@@ -128,7 +129,7 @@ def test_a_wrong_output_is_told_before_anything_is_computed(
 
 def test_a_folder_in_the_way_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("output.0.png").mkdir()
-    assert predict(SMALL, None, None) == 2
+    assert predict(SMALL) == 2
     assert capsys.readouterr().err.endswith(
         "--output: 'output.0.png' is a folder where the picture should go; name another\n"
     )
@@ -136,7 +137,7 @@ def test_a_folder_in_the_way_is_told(folder: Path, capsys: pytest.CaptureFixture
 
 
 def test_pictures_are_written_and_named_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert predict([*SMALL, "seed=1", "num_outputs=2"], None, None) == 0
+    assert predict([*SMALL, "seed=1", "num_outputs=2"]) == 0
     assert capsys.readouterr().out == "output.0.png\noutput.1.png\n"
     assert [Image.open(f"output.{i}.png").size for i in range(2)] == [(64, 128)] * 2
 
@@ -155,11 +156,43 @@ def test_json_in_is_json_out(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert Image.open("pictures/output.0.png").size == (64, 64)
 
 
+def test_a_picture_is_made_again_from_its_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict([*SMALL, "seed=5", "prompt=猫", "scheduler=DDIM"], output="cat.png") == 0
+    assert predict([], output="again.png", again="cat.png") == 0
+    assert largest_difference("cat.png", "again.png") == 0
+    assert predict(["prompt=犬"], output="dog.png", again="cat.png") == 0
+    assert Image.open("dog.png").size == (64, 128)
+    assert largest_difference("cat.png", "dog.png") > 0
+    assert "others than those" not in capsys.readouterr().err
+
+
+def test_a_picture_of_other_weights_is_made_with_a_warning(
+    folder: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict([*SMALL, "seed=5"], output="cat.png") == 0
+    shutil.copytree(tiny_weights, "copy")
+    Path("copy/manifest.json").write_text('{"name": "another", "version": "2"}')
+    monkeypatch.setenv("JSD_WEIGHTS", "copy")
+    assert predict([], output="again.png", again="cat.png") == 0
+    assert "others than those it was made with (tiny)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["nowhere.png", "plain.png", "text.png", "."])
+def test_a_file_without_parameters_is_told_in_one_line(
+    file: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save("plain.png")
+    Path("text.png").write_text("no picture")
+    assert predict([], again=file) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{file}: ") and error.count("\n") == 1
+
+
 def test_nothing_is_left_behind_but_the_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = folder.parent / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    assert predict(SMALL, None, None) == 0
+    assert predict(SMALL) == 0
     assert os.listdir(scratch) == []
 
 
@@ -167,7 +200,7 @@ def test_missing_weights_are_told_in_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("JSD_WEIGHTS", "nowhere")
-    assert predict(SMALL, None, None) == 1
+    assert predict(SMALL) == 1
     error = capsys.readouterr().err
     assert error.startswith("JSD_WEIGHTS: nowhere is not a folder") and error.count("\n") == 1
 
@@ -175,7 +208,7 @@ def test_missing_weights_are_told_in_one_line(
 def test_a_wrong_input_is_told_before_pytorch_is_loaded() -> None:
     code = (
         "import sys\nfrom japanese_stable_diffusion.command import predict\n"
-        "assert predict(['seed=x'], None, None) == 2\nassert 'torch' not in sys.modules"
+        "assert predict(['seed=x']) == 2\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 

@@ -7,8 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+
+from japanese_stable_diffusion.images import write_image
+from japanese_stable_diffusion.openapi import schema
+from japanese_stable_diffusion.provenance import Parameters
+from japanese_stable_diffusion.request import Request
 
 ROOT = Path(__file__).resolve().parent.parent
 DOORS = sorted(file for file in (ROOT / "scripts").iterdir() if file.is_file() and file.suffix != ".py")
@@ -44,8 +50,6 @@ def test_an_unknown_flag_is_told_in_one_line(door: Path, tmp_path: Path) -> None
 
 
 def test_the_help_of_predict_names_every_input(tmp_path: Path) -> None:
-    from japanese_stable_diffusion.openapi import schema
-
     told = run("predict", "--help", cwd=tmp_path).stdout
     described = told[told.index("The inputs:") : told.index("The weights are")]
     listed = [name.strip(",") for line in described.splitlines()[1:] for name in line[:22].split()]
@@ -126,3 +130,22 @@ def test_serve_refuses_what_is_no_port(port: str, tmp_path: Path) -> None:
     told = run("serve", cwd=tmp_path, PORT=port)
     assert told.returncode == 2
     assert told.stderr.startswith(f"PORT: {port} is not a port") and told.stderr.count("\n") == 1
+
+
+def test_inspect_tells_what_predict_was_asked(tmp_path: Path) -> None:
+    request = Request(prompt="富士山, 浮世絵", seed=7, num_inference_steps=3)
+    noise = np.random.default_rng(0).integers(60, 200, (512, 512, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((64, 64)).resize((512, 512))
+    write_image(picture, tmp_path / "made.png", Parameters(request, "tiny", ""))
+    told = run("inspect", "made.png", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith("富士山, 浮世絵\nSteps: 3, ") and "Seed: 7" in told.stdout
+    assert told.stdout.endswith("watermark: found (100% of its bits are right)\n")
+
+    picture.save(tmp_path / "plain.png")
+    told = run("inspect", "plain.png", cwd=tmp_path)
+    assert told.returncode == 1
+    assert told.stdout.startswith("no parameters\nwatermark: not found (")
+
+    told = run("inspect", "nowhere.png", cwd=tmp_path)
+    assert (told.returncode, told.stderr) == (2, "nowhere.png: is not there; see scripts/inspect --help\n")
