@@ -22,6 +22,7 @@ class Stage:
     computes at a time, and what is missing between the two is made up by gradient accumulation.
     ``start`` says for each model which earlier stage, or which weights folder (it has a slash), it comes
     from ("" for the configuration's own random start). ``train`` names the models whose weights move.
+    ``stop`` ends the stage before ``steps``, over which the learning rate decays (0: it runs to its end).
     ``crop`` trains an autoencoder on squares of so many pixels cut out at random (0: whole pictures).
     """
 
@@ -43,11 +44,17 @@ class Stage:
     min_snr_gamma: float = 0.0
     kl_weight: float = 1e-4
     crop: int = 0
+    stop: int = 0
     cache_latents: bool = True
     precision: Literal["no", "fp16", "bf16"] = "no"
     workers: int = 0
     checkpoint_steps: int = 500
     picture_steps: int = 500
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the stage is finished."""
+        return self.stop or self.steps
 
 
 @dataclass(frozen=True)

@@ -195,17 +195,21 @@ def train(
         stage.crop,
     )
     rank, processes = accelerator.process_index, accelerator.num_processes
-    order = Steps(step, stage.steps, stage.batch_size, stage.micro_batch_size, rank, processes)
+    order = Steps(step, stage.last_step, stage.batch_size, stage.micro_batch_size, rank, processes)
     micro_batches = iter(loader(draws, order, stage.workers))
     writer = SummaryWriter(str(folder / "logs"), purge_step=step) if accelerator.is_main_process else None
     curve = folder / "loss.jsonl"
     bar = tqdm(
-        initial=step, total=stage.steps, desc=stage.name, unit="step", disable=not accelerator.is_main_process
+        initial=step,
+        total=stage.last_step,
+        desc=stage.name,
+        unit="step",
+        disable=not accelerator.is_main_process,
     )
     batch_share = stage.batch_size // processes
     timesteps = configuration.scheduler["num_train_timesteps"]
     scaling = float(models["vae"].config["scaling_factor"])
-    while step < stage.steps:
+    while step < stage.last_step:
         rate = learning_rate(stage, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -237,9 +241,9 @@ def train(
             for name, value in means.items():
                 writer.add_scalar(name, value, step)
             writer.add_scalar("learning_rate", rate, step)
-        if step % stage.checkpoint_steps == 0 or step == stage.steps:
+        if step % stage.checkpoint_steps == 0 or step == stage.last_step:
             _checkpoint(accelerator, checkpoints, step)
-        if writer and (step % stage.picture_steps == 0 or step == stage.steps):
+        if writer and (step % stage.picture_steps == 0 or step == stage.last_step):
             ema.store(trained)
             ema.copy_to(trained)
             writer.add_images(

@@ -209,6 +209,15 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert rates[0] == pytest.approx(0.1) and max(rates) < 1 and rates[-1] == pytest.approx(0.01)
 
 
+def test_a_stage_may_stop_before_its_learning_rate_has_decayed(drawn_folder: Path, tmp_path: Path) -> None:
+    configuration = read_configuration(str(TINY))
+    whole = configuration.stage("autoencoder")
+    weights = train(configuration, replace(whole, stop=2), drawn_folder, tmp_path, cpu=True)
+    lines = (tmp_path / "autoencoder" / "loss.jsonl").read_text().splitlines()
+    assert [json.loads(line)["learning_rate"] for line in lines] == [learning_rate(whole, s) for s in (0, 1)]
+    assert (weights / "vae" / "config.json").exists()
+
+
 @pytest.mark.parametrize("name", ["demo", "full"])
 def test_configurations_are_whole(name: str) -> None:
     configuration = read_configuration(name)
