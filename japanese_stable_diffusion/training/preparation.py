@@ -32,10 +32,13 @@ CONCEPTS_PER_SHARD = 16
 ROWS_PER_SHARD = 10_000
 REASONS = ("address", "not fetched", "broken", "caption", "size", "shape", "similarity", "duplicate")
 
-EMOJI_LIMITS = Limits(japanese=0.3, min_side=1, max_ratio=1, duplicates=0)
-"""Several drawings of a thing are meant to look alike, so only those that look the same are duplicates."""
+EMOJI_LIMITS = Limits(japanese=0.3, min_side=1, max_ratio=1, duplicates=-1)
+"""Several drawings of a thing are meant to look alike, and in some styles so do those of like things."""
 
 TABLE_LIMITS = Limits(japanese=0.3, min_side=256, max_ratio=2, duplicates=3)
+
+
+SIZES = range(32, 2049)
 
 
 class PreparationError(Exception):
@@ -108,6 +111,13 @@ class Report:
         return "\n".join([*table, *errors])
 
 
+def _check(size: int, processes: int | None) -> None:
+    if size not in SIZES:
+        raise PreparationError(f"size: {size} pixels; {SIZES[0]} to {SIZES[-1]} is allowed")
+    if processes is not None and processes < 1:
+        raise PreparationError(f"processes: {processes}; 1 and more are allowed")
+
+
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     try:
@@ -148,6 +158,7 @@ def prepare_emoji(
     ``art`` is where the drawings are kept, and fetched to if they aren't there. Raises ArtError,
     FilterError and PreparationError.
     """
+    _check(size, processes)
     with _alone_in(folder):
         packages = {hand.package: hand.version for hand in emoji.HANDS} | dict([emoji.NAMES_PACKAGE])
         report = Report(folder, {"source": "emoji", "art": packages, "size": size, "limits": asdict(limits)})
@@ -183,6 +194,9 @@ def prepare_table(
     the table are downloaded at a time. A server that doesn't answer within ``timeout`` seconds is
     given up. Raises FilterError, PreparationError and TableError.
     """
+    _check(size, processes)
+    if not timeout > 0:
+        raise PreparationError(f"timeout: {timeout} seconds; more than 0 is allowed")
     with _alone_in(folder):
         files = [
             [path.name, path.stat().st_size, length]

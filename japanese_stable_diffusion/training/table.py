@@ -22,6 +22,7 @@ import time
 import venv
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,19 +86,16 @@ class Table:
         self._columns: list[dict[str, str]] = []
         self.lengths: list[int] = []
         for file in self.paths:
-            try:
-                with pq.ParquetFile(file) as parquet:
-                    self.lengths.append(parquet.metadata.num_rows)
-                    names = parquet.schema_arrow.names
-            except (OSError, pa.ArrowInvalid) as error:
-                reason = str(error).splitlines()[0]
-                raise TableError(f"{file}: can't be read as parquet ({reason})") from error
-            self._columns.append(self._known(file, names))
+            with _opened(file) as parquet:
+                self.lengths.append(parquet.metadata.num_rows)
+                self._columns.append(self._known(file, parquet.schema_arrow.names))
 
     def _known(self, file: Path, names: list[str]) -> dict[str, str]:
         lower = {name.lower(): name for name in names}
         wanted = ("url", "text", "width", "height", *FACTS)
         columns = {known: lower[known] for known in wanted if known in lower}
+        # Tables that were published again call it so.
+        columns |= {"text": lower["caption"]} if "text" not in lower and "caption" in lower else {}
         for needed in ("url", "text"):
             if needed not in columns:
                 raise TableError(f"{file}: no column {needed.upper()}; there are {', '.join(names)}")
@@ -112,9 +110,10 @@ class Table:
         rows: list[Row] = []
         refused = Counter[str]()
         for file, columns in zip(self.paths, self._columns, strict=True):
-            with pq.ParquetFile(file) as parquet:
-                for batch in parquet.iter_batches(4096, columns=list(columns.values())):
-                    for line in batch.rename_columns(list(columns)).to_pylist():
+            names = list(columns.values())
+            with _opened(file) as parquet:
+                for batch in parquet.iter_batches(4096, columns=names):
+                    for line in batch.select(names).rename_columns(list(columns)).to_pylist():
                         wrong = _wrong(line, limits)
                         if wrong:
                             refused[wrong] += 1
@@ -127,8 +126,18 @@ class Table:
             yield Piece(rows, refused)
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(file) as parquet:
+            yield parquet
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise TableError(f"{file}: can't be read as parquet ({reason})") from error
+
+
 def _row(line: dict[str, Any]) -> Row:
-    facts = {fact: line[name] for name, fact in FACTS.items() if line.get(name) is not None}
+    facts = {fact: line[name] for name, fact in FACTS.items() if line.get(name) not in (None, "")}
     return Row(line["url"], line["text"], line.get("english") or "", facts)
 
 
@@ -136,19 +145,20 @@ def _wrong(line: dict[str, Any], limits: Limits) -> str | None:
     # img2dataset would open file:// addresses too, and show strangers' tables our disk.
     if not str(line["url"]).lower().startswith(("http://", "https://")):
         return "address"
-    if not line["text"] or not is_japanese(line["text"], limits.japanese, line.get("language") or ""):
+    text = line["text"]
+    if not text or not is_japanese(text, limits.japanese, line.get("language") or ""):
         return "caption"
     if line.get("width") and line.get("height"):
         wrong = wrong_size(line["width"], line["height"], limits)
         if wrong:
             return wrong
     if limits.min_similarity is not None and limits.scorer is None:
-        if line.get("similarity") is None:
+        if "similarity" not in line:
             raise TableError(
                 "min-similarity: the table has no column similarity to go by; "
                 "give a CLIP-like model with --scorer, or leave it out"
             )
-        if line["similarity"] < limits.min_similarity:
+        if not (line["similarity"] or -1) >= limits.min_similarity:
             return "similarity"
     return None
 
@@ -165,16 +175,7 @@ def install_img2dataset(folder: Path) -> Path:
         unfinished = Path(scratch) / "environment"
         venv.create(unfinished, with_pip=True)
         pip = subprocess.run(
-            [
-                unfinished / python,
-                "-m",
-                "pip",
-                "install",
-                "--no-input",
-                "--quiet",
-                "-r",
-                REQUIREMENTS,
-            ],
+            [unfinished / python, "-m", "pip", "install", "--no-input", "--quiet", "-r", REQUIREMENTS],
             stdout=sys.stderr,
             stderr=subprocess.PIPE,
             text=True,

@@ -126,6 +126,14 @@ def test_two_runs_don_t_share_a_folder(art: Path, tmp_path: Path) -> None:
     os.close(handle)
 
 
+def test_numbers_that_make_no_sense_are_refused(art: Path, tmp_path: Path) -> None:
+    with pytest.raises(PreparationError, match="size: 31 pixels; 32 to 2048 is allowed"):
+        prepare_emoji(art, tmp_path, 31)
+    with pytest.raises(PreparationError, match="processes: 0; 1 and more are allowed"):
+        prepare_emoji(art, tmp_path, SIZE, processes=0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_can_t_be_made_is_one_line(art: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PreparationError, match=r"file: .* choose a folder that can be written"):
