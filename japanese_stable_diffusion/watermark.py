@@ -29,7 +29,7 @@ _U_OF_RGB = 0.492 * np.array([-0.299, -0.587, 1 - 0.114], np.float32)
 _PER_U = np.array([0, -0.114 / 0.587, 1], np.float32) / 0.492
 
 _CORRECTIONS = 3
-_THRESHOLD = 5.3
+THRESHOLD = 5.3
 # Votes of a picture without any colour differ by rounding errors only, which are no votes.
 _WEAKEST_VOTES = 0.3
 
@@ -53,7 +53,7 @@ class Detection:
     @property
     def found(self) -> bool:
         """Whether the mark is there; by the bound above, one unmarked picture in a million says so too."""
-        return self.score >= _THRESHOLD
+        return self.score >= THRESHOLD
 
 
 def is_large_enough(picture: Image.Image) -> bool:

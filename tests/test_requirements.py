@@ -11,6 +11,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "japanese_stable_diffusion"
+KEPT_OUT = ("benchmarks", "training")
 CONTAINER = "requirements.txt"
 DEVELOPMENT = "requirements-dev.txt"
 TRAINING = "requirements-training.txt"
@@ -73,21 +74,23 @@ def test_the_container_is_the_one_that_these_libraries_need() -> None:
 
 
 def test_the_container_gets_all_that_its_code_imports() -> None:
-    files = [file for file in PACKAGE.rglob("*.py") if "training" not in file.parts]
+    files = [file for file in PACKAGE.rglob("*.py") if file.relative_to(PACKAGE).parts[0] not in KEPT_OUT]
     imported = set().union(*(imported_projects(file) for file in [ROOT / "predict.py", *files]))
     assert imported - {"cog", "coglet"} <= set(dict(read_pins(CONTAINER)))
 
 
 def test_training_and_tests_get_all_that_they_import() -> None:
     pinned = {project for name in (CONTAINER, DEVELOPMENT, TRAINING) for project, _ in read_pins(name)}
-    files = [*(PACKAGE / "training").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    folders = [ROOT / "tests", *(PACKAGE / name for name in KEPT_OUT)]
+    files = [file for folder in folders for file in folder.rglob("*.py")]
     assert set().union(*(imported_projects(file) for file in files)) <= pinned
 
 
 def test_the_container_can_do_without_what_is_kept_out_of_it() -> None:
     kept_out = (ROOT / ".dockerignore").read_text().splitlines()
-    assert "japanese_stable_diffusion/training" in kept_out
-    for file in [ROOT / "predict.py", *PACKAGE.glob("*.py")]:
-        assert "japanese_stable_diffusion.training" not in file.read_text(encoding="utf-8"), file
+    for name in KEPT_OUT:
+        assert f"japanese_stable_diffusion/{name}" in kept_out
+        for file in [ROOT / "predict.py", *PACKAGE.glob("*.py")]:
+            assert f"japanese_stable_diffusion.{name}" not in file.read_text(encoding="utf-8"), file
     needed = {"predict.py", "japanese_stable_diffusion", "weights", "cog.yaml", "requirements.txt", ".cog"}
     assert needed == {line[1:] for line in kept_out if line.startswith("!")}
