@@ -15,13 +15,14 @@ from cog import BasePredictor, Input, Path
 from cog.input import FieldInfo
 from tqdm import tqdm
 
+from japanese_stable_diffusion.hub import download_if_wanted
 from japanese_stable_diffusion.images import write_image
 from japanese_stable_diffusion.pipeline import Figures, Picture, Pipeline
 from japanese_stable_diffusion.provenance import Parameters
 from japanese_stable_diffusion.request import Request
 from japanese_stable_diffusion.safety import choose_checker, is_flagged, report
 from japanese_stable_diffusion.speed import choose_device, choose_dtype
-from japanese_stable_diffusion.weights import find_weights, load_weights
+from japanese_stable_diffusion.weights import WEIGHTS, find_weights, load_weights
 
 log = logging.getLogger("japanese_stable_diffusion")
 
@@ -35,6 +36,7 @@ class Predictor(BasePredictor):
             log.addHandler(logging.StreamHandler())
             log.setLevel(logging.INFO)
         device = choose_device()
+        download_if_wanted(WEIGHTS / "japanese-stable-diffusion")
         weights = load_weights(find_weights(), device, choose_dtype(device))
         self.pipeline = Pipeline(weights)
         log.info(

@@ -132,6 +132,21 @@ def download(folder: Path, revision: str, precision: "Precision", keep_original:
     log.info("the weights are in %s", folder)
 
 
+def download_if_wanted(folder: Path) -> None:
+    """Fetch the weights into `folder` where JSD_FETCH_WEIGHTS is on and it isn't there yet.
+
+    It is for containers whose image holds no weights and whose volume keeps them from one start to the next.
+
+    Raises:
+        DownloadError: see `download`, or JSD_FETCH_WEIGHTS is something else than on or off.
+    """
+    choice = os.environ.get("JSD_FETCH_WEIGHTS") or "off"
+    if choice not in ("on", "off"):
+        raise DownloadError(f"JSD_FETCH_WEIGHTS: {choice!r} is unknown; on or off is allowed")
+    if choice == "on" and not folder.exists():
+        download(folder, REVISION, "fp16", keep_original=False)
+
+
 def list_files(revision: str) -> Snapshot:
     """Ask the hub for the needed files at `revision`: a commit, a branch or a tag. Small files come first.
 

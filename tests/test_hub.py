@@ -255,6 +255,34 @@ def test_keep_original(here: Hub, tmp_path: Path, original: Path) -> None:
     assert kept.read_bytes() == (original / UNET).read_bytes()
 
 
+def test_container_fetches_at_its_first_start_only(
+    here: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "weights"
+    real_hub.download_if_wanted(folder)
+    assert not folder.exists()
+    monkeypatch.setenv("JSD_FETCH_WEIGHTS", "on")
+    real_hub.download_if_wanted(folder)
+    assert read_manifest(folder).version == "0765551"
+    sent = len(here.sent)
+    real_hub.download_if_wanted(folder)
+    assert len(here.sent) == sent > 0
+    monkeypatch.setenv("JSD_FETCH_WEIGHTS", "yes")
+    with pytest.raises(real_hub.DownloadError, match="JSD_FETCH_WEIGHTS: 'yes' is unknown"):
+        real_hub.download_if_wanted(folder)
+
+
+def test_setup_fetches_weights_if_asked(here: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import predict
+
+    monkeypatch.setattr(predict, "WEIGHTS", tmp_path)
+    monkeypatch.setenv("JSD_FETCH_WEIGHTS", "on")
+    monkeypatch.setenv("JSD_WEIGHTS", str(tmp_path / "japanese-stable-diffusion"))
+    predictor = predict.Predictor()
+    predictor.setup()
+    assert predictor.pipeline.weights.manifest.name == "japanese-stable-diffusion"
+
+
 def test_verify_needs_a_manifest(original: Path) -> None:
     with pytest.raises(real_hub.DownloadError, match=r"holds no manifest\.json with hashes"):
         real_hub.verify(original)
