@@ -74,7 +74,7 @@ def enter(*lists: str) -> None:
 
 
 def _is_current(lists: tuple[str, ...]) -> bool:
-    installed = _installed()
+    installed = _installed() if PYTHON.exists() else {}
     return all(installed.get(name) == _checksum(name) for name in lists)
 
 
@@ -98,7 +98,7 @@ def _install(lists: tuple[str, ...]) -> None:
         print(f"Setting up {VENV} with what {', '.join(lists)} list;", file=sys.stderr)
         print("the first time this fetches PyTorch, which takes some minutes.", file=sys.stderr, flush=True)
         installed = _installed()
-        if UNFINISHED.exists():
+        if VENV.exists() and (UNFINISHED.exists() or not PYTHON.exists()):
             # An interrupted pip leaves packages that look installed and aren't.
             shutil.rmtree(VENV)
         if not PYTHON.exists():

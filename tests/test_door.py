@@ -94,6 +94,8 @@ def test_an_environment_is_made_kept_and_renewed(tmp_path: Path) -> None:
     told = "cannot install packages: No matching distribution found for pebble==3.0; "
     assert error.splitlines()[-1].startswith(told) and "Traceback" not in error
 
+    # As after the Python that it was made from was removed.
+    (repository.root / ".venv" / "bin" / "python").unlink()
     repository.ask_for("2.0")
     assert repository.show()[:2] == (0, f"2.0 [] {repository.root}\n")
 
