@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -80,8 +81,10 @@ class Pipeline:
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
-        with torch.inference_mode():
-            self._no_prompt = encode(weights.tokenizer("").ids, weights.text_encoder)
+
+    @cached_property
+    def _no_prompt(self) -> torch.Tensor:
+        return encode(self.weights.tokenizer("").ids, self.weights.text_encoder)
 
     @torch.inference_mode()
     def generate(self, request: Request, figures: Figures | None = None) -> Iterator[Step | Picture]:
