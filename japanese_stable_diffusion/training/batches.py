@@ -71,7 +71,12 @@ class Draws(Dataset[dict[str, Any]]):
         self.moments = moments
         self.crop = crop
         self.members = np.array(
-            [i for i, about in enumerate(shards.about) if takes_part(about, only_styles_of_base)], np.int64
+            [
+                index
+                for index, about in enumerate(shards.about)
+                if about[language] and takes_part(about, only_styles_of_base)
+            ],
+            np.int64,
         )
 
     def __getitem__(self, position: int) -> dict[str, Any]:

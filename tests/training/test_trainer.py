@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,7 +26,8 @@ from japanese_stable_diffusion.training.configuration import (
 )
 from japanese_stable_diffusion.training.demo import needed_stages
 from japanese_stable_diffusion.training.export import publish
-from japanese_stable_diffusion.training.shards import Shards
+from japanese_stable_diffusion.training.samples import Sample
+from japanese_stable_diffusion.training.shards import Shards, write_shard
 from japanese_stable_diffusion.training.trainer import learning_rate, train
 from japanese_stable_diffusion.weights import load_weights, read_manifest, verify_weights
 
@@ -160,6 +162,15 @@ def test_draws_leave_out_what_the_report_asks_for(drawn: Shards) -> None:
     assert ("🍣", "ukiyoe") in seen(False)
     assert {style for _, style in seen(True)} <= BASE_STYLES
     assert takes_part({"url": "https://example.org/1.jpg"}, only_styles_of_base=True)
+
+
+def test_samples_without_a_caption_in_the_language_are_left_out(tmp_path: Path) -> None:
+    picture = np.zeros((8, 8, 3), np.uint8)
+    samples = [Sample("0", picture, ("犬",), ("dog",)), Sample("1", picture, ("猫",), ())]
+    write_shard(tmp_path / "table-0.tar", samples)
+    shards = Shards(tmp_path)
+    assert list(Draws(shards, "ja", 0, False, None, 0.1, None).members) == [0, 1]
+    assert list(Draws(shards, "en", 0, False, None, 0.1, None).members) == [0]
 
 
 def test_captions_are_dropped_as_often_as_asked(drawn: Shards) -> None:
