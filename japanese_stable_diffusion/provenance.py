@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin
 
+from japanese_stable_diffusion import watermark
 from japanese_stable_diffusion.request import Request, RequestError
 
 SAMPLERS = {
@@ -158,6 +159,21 @@ def read_parameters(file: Path) -> Parameters:
         return parse(text)
     except ProvenanceError as error:
         raise ProvenanceError(f"{file}: {error}") from error
+
+
+def examine(file: Path) -> tuple[str | None, watermark.Detection]:
+    """The parameters text that a file carries, if it carries one, and what is found of the watermark.
+
+    Raises:
+        ProvenanceError: it can't be read; the message names the file.
+    """
+    try:
+        with open_picture(file) as picture:
+            return read_text(picture), watermark.detect(picture)
+    except ProvenanceError as error:
+        raise ProvenanceError(f"{file}: {error}") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ProvenanceError(f"{file}: is truncated or damaged") from error
 
 
 def open_picture(file: Path) -> Image.Image:

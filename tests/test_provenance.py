@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from japanese_stable_diffusion import provenance
+from japanese_stable_diffusion import provenance, watermark
 from japanese_stable_diffusion.provenance import Parameters, ProvenanceError
 from japanese_stable_diffusion.request import SCHEDULERS, Request
 
@@ -145,3 +145,19 @@ def test_damaged_files_never_end_in_another_error(tmp_path):
             path.write_bytes(damaged)
             with contextlib.suppress(ProvenanceError):
                 provenance.read_parameters(path)
+
+
+def test_a_file_is_examined_for_text_and_mark(tmp_path):
+    marked = watermark.embed(Image.new("RGB", (256, 256), "orange"))
+    path = tmp_path / "marked.png"
+    marked.save(path, **provenance.save_options("PNG", PARAMETERS))
+    text, mark = provenance.examine(path)
+    assert text == str(PARAMETERS) and mark.found
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ProvenanceError, match="is truncated or damaged"):
+        provenance.examine(path)
+    Image.new("L", (256, 256)).save(path)
+    text, mark = provenance.examine(path)
+    assert text is None and not mark.found
+    with pytest.raises(ProvenanceError, match="none: is not there"):
+        provenance.examine(tmp_path / "none")
