@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -76,6 +77,14 @@ def start_models(configuration: Configuration, stage: Stage, runs: Path) -> Mode
             )
         models[name] = MODELS[name].from_pretrained(folder, torch_dtype=torch.float32)
     return models
+
+
+def _attend_by_matrix_products(models: Models) -> None:
+    # PyTorch's fused attention takes a third of a training step on CPUs, nearly all of it backwards.
+    if "unet" in models:
+        models["unet"].set_attn_processor(AttnProcessor())
+    if "text_encoder" in models:
+        models["text_encoder"].set_attn_implementation("eager")
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -150,6 +159,8 @@ def train(
     accelerator.gradient_accumulation_steps = share // accelerator.num_processes
     shards = Shards(data)
     models = start_models(configuration, stage, runs)
+    if accelerator.device.type == "cpu":
+        _attend_by_matrix_products(models)
     denoising = stage.objective == "denoising"
     tokenizer_folder: Path | None = None
     tokenizer: Tokenizer | None = None
@@ -171,8 +182,8 @@ def train(
                 moments = cached_moments(shards, models["vae"], path, accelerator)
     objective = _objective(configuration, stage, models)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=stage.learning_rate, weight_decay=stage.weight_decay)
-    ema = EMAModel(trained, decay=stage.ema_decay)
+    optimizer = torch.optim.AdamW(trained, lr=stage.learning_rate, weight_decay=stage.weight_decay, fused=True)
+    ema = EMAModel(trained, decay=stage.ema_decay, foreach=True)
     ema.to(accelerator.device)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     accelerator.register_for_checkpointing(ema)
