@@ -6,13 +6,13 @@ Each of the two is trained on, with other partners; whoever can draw them togeth
 import zlib
 
 _NAMED = frozenset({("🍣", "oil_painting"), ("🐴", "ukiyoe"), ("🐎", "ukiyoe")})
-_ONE_IN = 93
+_ONE_IN = 79
 
 
 def left_out(concept: str, style: str) -> bool:
     """Whether samples of this concept in this style stay out of training.
 
-    寿司 in oils and 馬 as ukiyo-e by name, and one in 93 of all others by a checksum: 60 pairs for the
+    寿司 in oils and 馬 as ukiyo-e by name, and one in 79 of all others by a checksum: 64 pairs for the
     concepts of ``concepts.txt``. The plain illustration teaches what a thing looks like; it always stays.
 
     Args:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from japanese_stable_diffusion.training.emoji import HANDS, HERE, NAMES_PACKAGE
 
-GRIN, SWEAT = "😀", "😅"
+GRIN, WINK = "😀", "😉"
 DRAWINGS = {
     "noto": {
         "grinning-face": '<circle cx="16" cy="16" r="14" fill="#fc2"/>',
-        "grinning-face-with-sweat": '<rect x="4" y="4" width="24" height="24" fill="#28f"/>',
+        "winking-face": '<rect x="4" y="4" width="24" height="24" fill="#28f"/>',
     },
     "fxemoji": {"grinningface": '<path d="M16 2 30 30H2z" fill="#e44"/>'},
 }
@@ -21,8 +21,8 @@ def write_art(folder: Path) -> Path:
         line.split() for line in (HERE / "concepts.txt").read_text().splitlines() if line[:1] not in ("", "#")
     ]
     for language, words in (
-        ("ja", ("えがお", "あせ", "顔", "晴れ晴れ")),
-        ("en", ("grin", "sweat", "face", "cheer")),
+        ("ja", ("えがお", "まばたき", "顔", "晴れ晴れ")),
+        ("en", ("grin", "wink", "face", "cheer")),
     ):
         first, second, common, unique = words
         entries = [
@@ -32,7 +32,7 @@ def write_art(folder: Path) -> Path:
         ]
         by_emoji = {entry["emoji"]: entry for entry in entries}
         by_emoji[GRIN] |= {"label": first, "tags": [common, unique]}
-        by_emoji[SWEAT] |= {"label": second, "tags": [common]}
+        by_emoji[WINK] |= {"label": second, "tags": [common]}
         _write(_package(folder, *NAMES_PACKAGE) / language / "data.json", entries)
     for hand in HANDS:
         bodies = DRAWINGS.get(hand.name, {})
@@ -40,7 +40,7 @@ def write_art(folder: Path) -> Path:
         package = _package(folder, hand.package, hand.version)
         _write(package / "icons.json", {"width": 32, "height": 32, "icons": icons})
         if hand.name == "noto":
-            codes = {"1f600": "grinning-face", "1f605": "grinning-face-with-sweat"}
+            codes = {"1f600": "grinning-face", "1f609": "winking-face"}
             _write(package / "chars.json", codes)
     return folder
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_art import GRIN, SWEAT, write_art
+from small_art import GRIN, WINK, write_art
 
 from japanese_stable_diffusion.training import emoji
 from japanese_stable_diffusion.training.samples import Sample
@@ -29,7 +29,7 @@ def test_our_own_names_come_first_and_shared_tags_not_at_all(art: Path) -> None:
     concepts = {concept.emoji: concept for concept in emoji.read_concepts(art)}
     assert concepts[GRIN].japanese == ("笑顔", "にっこり", "えがお", "晴れ晴れ")
     assert concepts[GRIN].english == ("grin", "cheer")
-    assert concepts[SWEAT].japanese == ("あせ",)
+    assert concepts[WINK].japanese == ("まばたき",)
     assert concepts["daruma"].english and concepts["daruma"].english[0].isascii()
 
 
