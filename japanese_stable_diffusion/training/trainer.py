@@ -182,7 +182,9 @@ def train(
                 moments = cached_moments(shards, models["vae"], path, accelerator)
     objective = _objective(configuration, stage, models)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=stage.learning_rate, weight_decay=stage.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained, lr=stage.learning_rate, weight_decay=stage.weight_decay, fused=True
+    )
     ema = EMAModel(trained, decay=stage.ema_decay, foreach=True)
     ema.to(accelerator.device)
     objective, optimizer = accelerator.prepare(objective, optimizer)
