@@ -37,7 +37,6 @@ from .sheets import Tile, write_sheets
 from .styles import STYLES, Pixels
 
 MODELS = ("base", "stage1", "stage2")
-SCHEDULER = "DPMSolverMultistep"
 BATCH_SIZE = 32
 PROMPTS_PER_STYLE = 50
 SEEDS_PER_CLAIM = 3
@@ -108,6 +107,7 @@ class Settings:
     steps: int = 20
     guidance_scale: float = 4.0
     limit: int | None = None
+    scheduler: str = "DPMSolverMultistep"
 
 
 def plan(shards: Shards) -> list[Row]:
@@ -210,7 +210,7 @@ def generate(weights: Weights, asks: Sequence[Ask], settings: Settings, descript
                 [encode(weights.tokenizer(ask.prompt).ids, weights.text_encoder) for ask in batch]
             )
             embeddings = torch.cat([unprompted.expand_as(prompted), prompted])
-            scheduler = make_scheduler(SCHEDULER, weights.scheduler_config)
+            scheduler = make_scheduler(settings.scheduler, weights.scheduler_config)
             scheduler.set_timesteps(settings.steps, device=weights.device)
             noise = [
                 torch.randn((channels, side, side), generator=torch.Generator().manual_seed(ask.seed))
@@ -352,7 +352,7 @@ class Evaluation:
             "models": {
                 m: {"folder": str(p), "sha256": self._fingerprints[m]} for m, p in self.folders.items()
             },
-            "settings": {"scheduler": SCHEDULER, **asdict(self.settings)},
+            "settings": asdict(self.settings),
             "judge": {"data": self.judge.about.data, **asdict(self.judge.about.held_out)},
             "real pictures through the autoencoder": asdict(self._real(self._load(last).vae)),
             "scores": {m: {name: asdict(s) for name, s in rows.items()} for m, rows in scores.items()},
@@ -372,7 +372,7 @@ class Evaluation:
 
     def pictures(self, row: Row) -> Pixels:
         """The pictures of a row: those kept from last time if model and asks are the same, else new ones."""
-        settings = self.settings.steps, self.settings.guidance_scale
+        settings = self.settings.scheduler, self.settings.steps, self.settings.guidance_scale
         asked = [(ask.prompt, ask.seed) for ask in row.asks]
         key = hashlib.sha256(repr((self._fingerprints[row.model], settings, asked)).encode()).hexdigest()[:12]
         path = self.folder / "pictures" / f"{_file_name(row)}-{key}.npy"

@@ -1,0 +1,65 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from japanese_stable_diffusion.benchmarks import solvers
+from japanese_stable_diffusion.request import SCHEDULERS
+from japanese_stable_diffusion.weights import Weights, load_weights
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_weights: Path) -> Weights:
+    return load_weights(tiny_weights, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_evaluations_are_those_that_the_unet_sees(weights: Weights, scheduler: str) -> None:
+    asks = solvers.prompts(2)
+    calls: list[int] = []
+    hook = weights.unet.register_forward_hook(lambda module, inputs, output: calls.append(1))
+    try:
+        solvers.generate(weights, asks, solvers.Settings(4, scheduler=scheduler))
+    finally:
+        hook.remove()
+    assert solvers.evaluations(scheduler, 4) == len(calls)
+
+
+def test_a_scheduler_comes_nearer_to_its_limit_with_more_steps(weights: Weights) -> None:
+    points = solvers.measure(weights, None, solvers.prompts(3), [3, 40, solvers.LIMIT], 4.0, ["DDIM"])
+    far, near, there = (point.distance for point in points)
+    assert far is not None and near is not None
+    assert far > near > 0 == there
+
+
+def test_a_scheduler_that_adds_noise_has_no_limit(weights: Weights) -> None:
+    (point,) = solvers.measure(weights, None, solvers.prompts(2), [3], 4.0, ["K_EULER_ANCESTRAL"])
+    assert point.distance is None
+    assert point.concept is None and point.style is None
+
+
+def test_distance_is_the_root_mean_square_of_each_picture() -> None:
+    black = np.zeros((2, 4, 4, 3), np.uint8)
+    other = black.copy()
+    other[1] = 30
+    assert solvers.distance(black, other) == pytest.approx(15)
+
+
+def test_prompts_are_spread_over_all_claims() -> None:
+    few, many = solvers.prompts(4), solvers.prompts(10_000)
+    assert len(few) == 4 and few[0] == many[0] and few[-1] == many[-1]
+    assert len({ask.seed for ask in many}) == len({ask.prompt for ask in many})
+
+
+def test_points_are_told_and_stored(tmp_path: Path) -> None:
+    points = [
+        solvers.Point("DDIM", 20, 20, 3.25, 0.9, 1.0),
+        solvers.Point("K_EULER_ANCESTRAL", 20, 20, None, None, None),
+    ]
+    table = solvers.describe(points).splitlines()
+    assert table[1].split() == ["DDIM", "20", "20", "3.25", "90.0%", "100.0%"]
+    assert table[2].split() == ["K_EULER_ANCESTRAL", "20", "20", "-", "-", "-"]
+    solvers.write(points, tmp_path / "new" / "points.json")
+    assert json.loads((tmp_path / "new" / "points.json").read_text())[0]["distance"] == 3.25
