@@ -1,4 +1,4 @@
-"""How many steps each scheduler needs: how far it is from its limit, and what a judge sees in its pictures."""
+"""How many steps a scheduler needs: how far it is from its limit, and what a judge sees in its pictures."""
 
 import json
 import zlib
