@@ -96,6 +96,17 @@ class Predictor(BasePredictor):
             ge=0,
             le=4294967295,
         ),
+        output_format: str = Input(
+            description="画像ファイルの形式。pngは劣化なし、jpgとwebpは小さい。 / File format; png is lossless, jpg and webp are smaller.",
+            default="png",
+            choices=["png", "jpg", "webp"],
+        ),
+        output_quality: int = Input(
+            description="jpgとwebpの画質。高いほどきれいで大きい。pngには関係しない。 / Quality of jpg and webp; higher is finer and larger. Does not matter for png.",
+            default=90,
+            ge=0,
+            le=100,
+        ),
     ) -> List[Path]:
         """Make the pictures; picture i is the one that seed + i makes alone."""
         given = {name: value for name, value in locals().items() if name != "self"}
@@ -115,7 +126,7 @@ class Predictor(BasePredictor):
                 if isinstance(event, Picture):
                     if self.checker and is_flagged(event.image, self.checker):
                         continue
-                    path = folder / f"output.{event.index}.png"
+                    path = folder / f"output.{event.index}.{request.output_format}"
                     write_image(event.image, path, Parameters(event.request, manifest.name, manifest.version))
                     paths.append(Path(path))
                 else:

@@ -15,6 +15,7 @@ from japanese_stable_diffusion.request import Request, RequestError
 _TYPES = get_type_hints(Request)
 _MOST_TEXT = 1_000_000
 """Characters read of a text file: far over what any input allows, so that an endless file ends too."""
+_ENDINGS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 _JSON_ALLOWED = 'an object such as {"seed": 1} is allowed, or @FILE that holds one'
 
 
@@ -37,10 +38,12 @@ def predict(
     try:
         made = read_parameters(Path(again)) if again else None
         inputs = asdict(made.request) if made else {}
+        if output and not _is_folder(output) and (ending := _ending(output)):
+            inputs["output_format"] = ending
         inputs |= read_inputs(typed) if json_text is None else read_json(json_text)
         # predict() checks again; but PyTorch and the weights take seconds to load, and a mistake is told now.
         request = Request(**inputs)
-        target = choose_target(output, request.num_outputs)
+        target = choose_target(output, request)
         written = [_move(picture, target) for picture in _make_pictures(inputs, made)]
         code, error = 0, ""
     except Exception as failure:
@@ -99,18 +102,29 @@ def read_json(text: str) -> dict[str, Any]:
     return inputs
 
 
-def choose_target(output: str | None, count: int) -> Path:
-    """The folder that `count` pictures go to, made if it isn't there, or the file for the only one.
+def choose_target(output: str | None, request: Request) -> Path:
+    """The folder that the pictures of a request go to, made if it isn't there, or the file for the only one.
 
     Raises:
-        RequestError: `output` is neither a folder nor the name of one PNG file, or can't be written to.
+        RequestError: `output` is neither a folder nor the name of one picture file of the format asked for,
+            or can't be written to.
     """
     target = Path(output or ".")
-    is_folder = target.is_dir() or not target.suffix or (output or "").endswith("/")
-    if not is_folder and target.suffix.lower() != ".png":
-        raise RequestError(f"--output: {output!r} is neither a folder nor a file that ends in .png")
-    if not is_folder and count > 1:
-        raise RequestError(f"--output: {output!r} is one file for {count} pictures; name a folder")
+    is_folder = not output or _is_folder(output)
+    if not is_folder:
+        ending = _ending(str(output))
+        if not ending:
+            raise RequestError(
+                f"--output: {output!r} is neither a folder nor a file that ends in {', '.join(_ENDINGS)}"
+            )
+        if ending != request.output_format:
+            raise RequestError(
+                f"--output: {output!r} is no name for output_format {request.output_format}; change one"
+            )
+        if request.num_outputs > 1:
+            raise RequestError(
+                f"--output: {output!r} is one file for {request.num_outputs} pictures; name a folder"
+            )
     folder = target if is_folder else target.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +134,14 @@ def choose_target(output: str | None, count: int) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise RequestError(f"--output: {str(folder)!r} can't be written to; name another")
     return target
+
+
+def _is_folder(output: str) -> bool:
+    return output.endswith("/") or Path(output).is_dir() or not Path(output).suffix
+
+
+def _ending(output: str) -> str | None:
+    return _ENDINGS.get(Path(output).suffix.lower())
 
 
 def _make_pictures(inputs: dict[str, Any], made: Parameters | None) -> list[Path]:

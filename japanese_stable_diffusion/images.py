@@ -6,13 +6,20 @@ from PIL import Image
 
 from japanese_stable_diffusion import provenance, watermark
 
+_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+"""Our output formats → Pillow's names."""
+
 
 def write_image(image: Image.Image, path: Path, parameters: provenance.Parameters) -> None:
-    """Write a picture as a PNG file, with the invisible watermark and what it was made with.
+    """Write a picture in the format asked for, with the invisible watermark and what it was made with.
 
     Args:
         image: RGB.
-        path: ends in `.png`.
+        path: of the new file.
         parameters: with which the picture can be made again.
     """
-    watermark.embed(image).save(path, format="PNG", **provenance.save_options("PNG", parameters))
+    file_format = _FORMATS[parameters.request.output_format]
+    options = provenance.save_options(file_format, parameters)
+    if file_format != "PNG":
+        options["quality"] = parameters.request.output_quality
+    watermark.embed(image).save(path, format=file_format, **options)

@@ -65,6 +65,9 @@ class Parameters:
         }
         if self.weights_version:
             settings["Model version"] = self.weights_version
+        if request.output_format != "png":
+            settings["Output format"] = request.output_format
+            settings["Output quality"] = request.output_quality
         if _NEGATIVE in f"\n{request.prompt}":
             settings["Prompt length"] = len(request.prompt)
         settings["Version"] = "japanese-stable-diffusion"
@@ -104,6 +107,7 @@ def parse(text: str) -> Parameters:
             guidance_scale=_number("CFG scale", settings, float),
             scheduler=schedulers[sampler],
             seed=_number("Seed", settings, int),
+            **_output(settings),
         )
     except RequestError as error:
         raise ProvenanceError(str(error)) from error
@@ -188,6 +192,15 @@ def open_picture(file: Path) -> Image.Image:
         raise ProvenanceError("is not there") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ProvenanceError("is not a PNG, JPEG or WebP picture that can be read") from error
+
+
+def _output(settings: dict[str, str]) -> dict[str, Any]:
+    if "Output format" not in settings:
+        return {}
+    return {
+        "output_format": settings["Output format"],
+        "output_quality": _number("Output quality", settings, int),
+    }
 
 
 def _setting(name: str, settings: dict[str, str]) -> str:

@@ -17,6 +17,8 @@ NUM_OUTPUTS = (1, 8)
 NUM_INFERENCE_STEPS = (1, 500)
 GUIDANCE_SCALE = (1.0, 20.0)
 SEEDS = (0, 2**32 - 1)
+OUTPUT_FORMATS = ("png", "jpg", "webp")
+OUTPUT_QUALITY = (0, 100)
 SCHEDULERS = ("DPMSolverMultistep", "PNDM", "DDIM", "KLMS", "K_EULER", "K_EULER_ANCESTRAL", "UniPC")
 
 
@@ -43,6 +45,8 @@ class Request:
     guidance_scale: float = 7.5
     scheduler: str = "DPMSolverMultistep"
     seed: int | None = None
+    output_format: str = "png"
+    output_quality: int = 90
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -57,12 +61,11 @@ class Request:
         _check_integer("num_outputs", self.num_outputs, *NUM_OUTPUTS)
         _check_integer("num_inference_steps", self.num_inference_steps, *NUM_INFERENCE_STEPS)
         _check_number("guidance_scale", self.guidance_scale, *GUIDANCE_SCALE)
-        if not isinstance(self.scheduler, str) or self.scheduler not in SCHEDULERS:
-            raise RequestError(
-                f"scheduler: {_show(self.scheduler)} is unknown; allowed are {', '.join(SCHEDULERS)}"
-            )
+        _check_choice("scheduler", self.scheduler, SCHEDULERS)
         if self.seed is not None:
             _check_integer("seed", self.seed, *SEEDS)
+        _check_choice("output_format", self.output_format, OUTPUT_FORMATS)
+        _check_integer("output_quality", self.output_quality, *OUTPUT_QUALITY)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -102,6 +105,11 @@ def _check_text(name: str, value: object) -> None:
         )
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise RequestError(f"{name}: holds half a character (a lone surrogate); {allowed}, in valid Unicode")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise RequestError(f"{name}: {_show(value)} is unknown; allowed are {', '.join(choices)}")
 
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from japanese_stable_diffusion.command import choose_target, predict, read_inputs, read_json
-from japanese_stable_diffusion.request import RequestError
+from japanese_stable_diffusion.request import Request, RequestError
 
 SMALL = ["width=64", "height=128", "num_inference_steps=1"]
 
@@ -101,30 +101,46 @@ def test_json_values_are_taken_as_they_are(folder: Path) -> None:
 
 def test_pictures_go_where_they_should(folder: Path) -> None:
     (folder / "there.png").mkdir()
-    assert choose_target(None, 2) == Path(".")
-    assert choose_target("new/deeper", 8) == Path("new/deeper")
-    assert choose_target("v1.5/", 1) == Path("v1.5")
-    assert choose_target("there.png", 2) == Path("there.png")
-    assert choose_target("other/cat.PNG", 1) == Path("other/cat.PNG")
+    assert choose_target(None, Request(num_outputs=2)) == Path(".")
+    assert choose_target("new/deeper", Request(num_outputs=8)) == Path("new/deeper")
+    assert choose_target("v1.5/", Request()) == Path("v1.5")
+    assert choose_target("there.png", Request(num_outputs=2)) == Path("there.png")
+    assert choose_target("other/cat.PNG", Request()) == Path("other/cat.PNG")
+    assert choose_target("cat.jpeg", Request(output_format="jpg")) == Path("cat.jpeg")
     assert all(Path(made).is_dir() for made in ("new/deeper", "v1.5", "other"))
 
 
 @pytest.mark.parametrize(
-    ("output", "count", "told"),
+    ("output", "inputs", "told"),
     [
-        ("cat.jpg", 1, "--output: 'cat.jpg' is neither a folder nor a file that ends in .png"),
-        ("cats.png", 2, "--output: 'cats.png' is one file for 2 pictures"),
-        ("file/inside", 1, "--output: 'file/inside' can't be made (Not a directory)"),
-        ("nul\0", 1, "--output: 'nul\\x00' can't be made"),
+        ("cat.gif", {}, "--output: 'cat.gif' is neither a folder nor a file that ends in .png, .jpg"),
+        ("cat.png", {"output_format": "webp"}, "--output: 'cat.png' is no name for output_format webp"),
+        ("cats.png", {"num_outputs": 2}, "--output: 'cats.png' is one file for 2 pictures"),
+        ("file/inside", {}, "--output: 'file/inside' can't be made (Not a directory)"),
+        ("nul\0", {}, "--output: 'nul\\x00' can't be made"),
     ],
 )
 def test_a_wrong_output_is_told_before_anything_is_computed(
-    output: str, count: int, told: str, folder: Path
+    output: str, inputs: dict[str, Any], told: str, folder: Path
 ) -> None:
     Path("file").touch()
     with pytest.raises(RequestError) as error:
-        choose_target(output, count)
+        choose_target(output, Request(**inputs))
     assert str(error.value).startswith(told)
+
+
+def test_the_ending_of_the_file_is_the_format(folder: Path) -> None:
+    assert predict([*SMALL, "seed=5", "output_quality=40"], output="cat.jpg") == 0
+    assert predict([*SMALL, "seed=5", "output_format=webp"], output="folder") == 0
+    assert [Image.open(name).format for name in ("cat.jpg", "folder/output.0.webp")] == ["JPEG", "WEBP"]
+    assert predict([*SMALL, "seed=5", "output_format=jpg"], output="cat.png") == 2
+
+    assert predict([], again="cat.jpg") == 0
+    assert Path("output.0.jpg").read_bytes() == Path("cat.jpg").read_bytes()
+    assert predict([], output="cat.png", again="cat.jpg") == 0
+    assert predict([*SMALL, "seed=5"], output="same.png") == 0
+    assert Image.open("cat.png").format == "PNG"
+    assert largest_difference("cat.png", "same.png") == 0
 
 
 def test_a_folder_in_the_way_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

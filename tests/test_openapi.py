@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from japanese_stable_diffusion.openapi import PREDICTOR, schema, write_schema
-from japanese_stable_diffusion.request import SCHEDULERS, SIDES
+from japanese_stable_diffusion.request import OUTPUT_FORMATS, SCHEDULERS, SIDES
 
 TEXT = {"type": "string", "maxLength": 1000}
 
@@ -61,6 +61,16 @@ def components() -> dict[str, Any]:
                 "maximum": 4294967295,
             },
         ),
+        (
+            9,
+            "output_format",
+            {"allOf": [{"$ref": "#/components/schemas/output_format"}], "default": "png"},
+        ),
+        (
+            10,
+            "output_quality",
+            {"title": "Output Quality", "type": "integer", "default": 90, "minimum": 0, "maximum": 100},
+        ),
     ],
 )
 def test_each_input(order: int, name: str, expected: dict[str, Any], components: dict[str, Any]) -> None:
@@ -72,7 +82,7 @@ def test_each_input(order: int, name: str, expected: dict[str, Any], components:
 
 
 def test_there_are_no_other_inputs_and_none_is_required(components: dict[str, Any]) -> None:
-    assert len(components["Input"]["properties"]) == 9
+    assert len(components["Input"]["properties"]) == 11
     assert "required" not in components["Input"]
 
 
@@ -82,6 +92,7 @@ def test_there_are_no_other_inputs_and_none_is_required(components: dict[str, An
         ("width", "integer", SIDES),
         ("height", "integer", SIDES),
         ("scheduler", "string", SCHEDULERS),
+        ("output_format", "string", OUTPUT_FORMATS),
     ],
 )
 def test_choices_are_enumerations(

@@ -88,6 +88,8 @@ def test_limits_are_those_of_a_request(arguments):
         "guidance_scale": between(limits.GUIDANCE_SCALE),
         "scheduler": {"choices": list(limits.SCHEDULERS)},
         "seed": between(limits.SEEDS),
+        "output_format": {"choices": list(limits.OUTPUT_FORMATS)},
+        "output_quality": between(limits.OUTPUT_QUALITY),
     }
 
 
@@ -128,6 +130,20 @@ def test_a_prediction_is_a_list_of_png_files(predictor):
         parameters = read_parameters(path)
         assert parameters.weights == "tiny"
         assert parameters.request == Request(prompt="猫", seed=5 + i, **SMALL)
+
+
+@pytest.mark.parametrize("output_format", ["jpg", "webp"])
+def test_pictures_come_in_the_format_and_quality_asked_for(predictor, output_format):
+    sizes = []
+    for output_quality in (0, 50, 90, 100):
+        asked = {"seed": 5, "output_format": output_format, "output_quality": output_quality, **SMALL}
+        [path] = predictor.predict(**asked)
+        assert path.name == f"output.0.{output_format}"
+        with Image.open(path) as image:
+            assert image.format == {"jpg": "JPEG", "webp": "WEBP"}[output_format]
+        assert read_parameters(path).request == Request(**asked)
+        sizes.append(path.stat().st_size)
+    assert sizes == sorted(set(sizes))
 
 
 def test_the_parameters_in_a_file_make_its_picture_again(predictor):

@@ -68,6 +68,13 @@ def test_every_scheduler_comes_back(scheduler):
     assert provenance.parse(str(parameters)) == parameters
 
 
+def test_a_format_with_loss_comes_back_with_its_quality():
+    request = replace(PARAMETERS.request, output_format="webp", output_quality=35)
+    parameters = replace(PARAMETERS, request=request)
+    assert "Output format: webp, Output quality: 35" in str(parameters)
+    assert provenance.parse(str(parameters)) == parameters
+
+
 def test_text_has_the_form_that_other_tools_read():
     assert str(PARAMETERS) == (
         "サラリーマン 油絵\n"
@@ -105,6 +112,10 @@ def test_parameters_of_another_tool_are_understood():
         ("Steps: 20, Sampler: Euler, CFG scale: x, Seed: 42, Size: 512x768", "CFG scale 'x' is not a number"),
         ("Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 42, Size: huge", "Size 'huge' is not"),
         ("Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 42, Size: 500x768", "width: 500 is not possible"),
+        (
+            "Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64, Output format: jpg",
+            "Output quality is missing",
+        ),
         ("no settings at all", "Sampler is missing"),
         ("", "Sampler is missing"),
     ],

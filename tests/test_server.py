@@ -107,6 +107,8 @@ def test_what_it_serves_is_described(server: str) -> None:
         {"num_inference_steps": 0},
         {"guidance_scale": 0.5},
         {"scheduler": "none"},
+        {"output_format": "gif"},
+        {"output_quality": 101},
         {"prompt": "猫" * 1001},
         {"prompt": 1},
     ],
