@@ -48,7 +48,7 @@ class Predictor(BasePredictor):
     def predict(
         self,
         prompt: str = Input(
-            description="描いてほしいもの。日本語で最大1000文字、空なら指定なし。 / What to paint, in Japanese; up to 1000 characters, empty for anything.",
+            description="描いてほしいもの。日本語で最大1000文字、空なら指定なし。(単語:1.3) で強め、[単語] で弱める。 / What to paint, in Japanese; up to 1000 characters, empty for anything. (word:1.3) strengthens, [word] weakens.",
             default="サラリーマン 油絵",
             max_length=1000,
         ),

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel
 
-from japanese_stable_diffusion import speed
+from japanese_stable_diffusion import emphasis, speed
 from japanese_stable_diffusion.request import Request, RequestError
 from japanese_stable_diffusion.schedulers import make_scheduler
 from japanese_stable_diffusion.tokenizer import MAX_LENGTH
@@ -105,7 +105,11 @@ class Pipeline:
         started = time.perf_counter()
         prompt = self._encode("prompt", request.prompt)
         guided = request.guidance_scale > 1
-        negative_prompt = self._encode("negative_prompt", request.negative_prompt) if guided else None
+        negative_prompt = None
+        if guided:
+            negative_prompt = self._encode("negative_prompt", request.negative_prompt)
+            length = max(prompt.shape[1], negative_prompt.shape[1])
+            prompt, negative_prompt = self._extend(prompt, length), self._extend(negative_prompt, length)
         speed.synchronize(weights.device)
         figures.text_seconds = time.perf_counter() - started
 
@@ -152,10 +156,16 @@ class Pipeline:
     def _encode(self, name: str, text: str) -> torch.Tensor:
         if not text:
             return self._no_prompt
-        tokens = self.weights.tokenizer(text)
-        if tokens.cut:
-            log.warning("%s: is longer than %d tokens; this was cut off: %s", name, MAX_LENGTH, tokens.cut)
-        return encode(tokens.ids, self.weights.text_encoder)
+        windows = self.weights.tokenizer.windows(emphasis.parse(text))
+        if len(windows) > 1:
+            log.info("%s: is encoded in %d windows of %d tokens", name, len(windows), MAX_LENGTH)
+        encoded = [encode(window.ids, self.weights.text_encoder, window.weights) for window in windows]
+        return torch.cat(encoded, dim=1)
+
+    def _extend(self, embedding: torch.Tensor, length: int) -> torch.Tensor:
+        """The embedding followed by windows of the empty prompt, until it is so many tokens long."""
+        missing = (length - embedding.shape[1]) // MAX_LENGTH
+        return torch.cat([embedding] + [self._no_prompt] * missing, dim=1)
 
 
 def vae_factor(vae: AutoencoderKL) -> int:
@@ -183,10 +193,29 @@ def largest_batch(unet: UNet2DConditionModel, shape: tuple[int, int, int]) -> in
     return max(1, speed.memory_budget(unet.device) // guided_picture)
 
 
-def encode(ids: list[int], text_encoder: CLIPTextModel) -> torch.Tensor:
-    """Text embedding of token ids: (1, 77, width). No position is masked, as in training."""
+def encode(
+    ids: list[int], text_encoder: CLIPTextModel, weights: Sequence[float] | None = None
+) -> torch.Tensor:
+    """Text embedding of a window of token ids: (1, 77, width). No position is masked, as in training.
+
+    Weights multiply the embedding token by token, and then all of it is scaled so that its mean is again what
+    it was, as the web UI of AUTOMATIC1111 does it.
+
+    Args:
+        ids: of the window.
+        text_encoder: embeds them.
+        weights: one per token, some of them 1; None for 1 everywhere.
+    """
     embedding: torch.Tensor = text_encoder(torch.tensor([ids], device=text_encoder.device)).last_hidden_state
-    return embedding
+    if weights is None or set(weights) == {1.0}:
+        return embedding
+    plain = embedding.float()
+    weighted = plain * torch.tensor(weights, device=plain.device)[:, None]
+    # Tokens whose means agree in sign keep the ratio within these bounds. Where they don't, a mean may lie
+    # near zero, and the ratio could be any number.
+    low, high = 1 / max(weights), 1 / max(min(weights), 0.1)
+    ratio = (plain.mean() / weighted.mean()).nan_to_num(nan=1.0).clamp(low, high)
+    return (weighted * ratio).to(embedding.dtype)
 
 
 def denoise(
@@ -208,8 +237,8 @@ def denoise(
         scheduler: with its timesteps set.
         seeds: one per picture.
         shape: of one picture's latents: (channels, height / factor, width / factor).
-        prompt: text embedding, (1, 77, width).
-        negative_prompt: text embedding to steer away from, (1, 77, width); None for no guidance.
+        prompt: text embedding, (1, 77 × windows, width).
+        negative_prompt: text embedding to steer away from, of the same shape; None for no guidance.
         guidance_scale: w + 1 of equation 6 in Ho & Salimans 2022, as Stable Diffusion counts it; not used
             without a negative prompt.
     """

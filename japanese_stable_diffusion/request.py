@@ -7,8 +7,12 @@ without running it; a test holds the two together.
 import secrets
 from dataclasses import dataclass, replace
 
+from japanese_stable_diffusion import emphasis
+
 PROMPT_LENGTH = 1000
 """Most characters in a prompt."""
+WEIGHTS = (0.0, 10.0)
+"""Allowed weights of a part of a prompt, with those of all brackets around it multiplied."""
 SIDES = tuple(range(64, 1024 + 1, 64))
 """Allowed widths and heights, in pixels."""
 PIXELS = 786_432
@@ -105,6 +109,12 @@ def _check_text(name: str, value: object) -> None:
         )
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise RequestError(f"{name}: holds half a character (a lone surrogate); {allowed}, in valid Unicode")
+    for fragment in emphasis.parse(value):
+        if not WEIGHTS[0] <= fragment.weight <= WEIGHTS[1]:
+            raise RequestError(
+                f"{name}: {_show(fragment.text)} is given the weight {fragment.weight:g}; "
+                f"{WEIGHTS[0]:g} to {WEIGHTS[1]:g} is allowed, and \\( and \\) are plain brackets"
+            )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from japanese_stable_diffusion.pipeline import (
     Pipeline,
     Step,
     decode,
+    encode,
     generated_size,
     largest_batch,
 )
@@ -176,19 +177,81 @@ def test_a_negative_prompt_that_is_the_prompt_leaves_no_guidance(pipeline):
 
 
 @pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
-def test_a_cut_prompt_is_warned_of_with_what_was_cut(pipeline, caplog, name):
-    request = ask(num_inference_steps=1, **{name: "猫" * 75 + "富士山"})
-    pictures(pipeline, request)
-    [record] = caplog.records
-    assert record.levelname == "WARNING"
-    assert record.getMessage().startswith(f"{name}: ")
-    assert "77 tokens" in record.getMessage()
-    assert record.getMessage().endswith(": 富士山")
+def test_a_long_prompt_shows_to_its_end_and_the_log_tells_its_windows(pipeline, caplog, name):
+    caplog.set_level(logging.INFO, "japanese_stable_diffusion")
+    long = "猫" * 75 + "富士山"
+    [with_end] = pictures(pipeline, ask(**{name: long}))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{name}: is encoded in 2 windows of 77 tokens"
+    ]
+    [without] = pictures(pipeline, ask(**{name: long[:75]}))
+    assert len(caplog.records) == 1
+    assert difference(with_end, without) > 10
 
 
-def test_a_prompt_that_fits_is_not_warned_of(pipeline, caplog):
-    pictures(pipeline, ask(num_inference_steps=1, prompt="猫" * 75))
-    assert caplog.records == []
+def test_windows_are_encoded_one_by_one_and_the_shorter_side_is_followed_by_empty_ones(pipeline):
+    seen = []
+
+    class Listening(SmallDevice):
+        def forward(self, sample, timestep, embeddings):
+            seen.append(embeddings)
+            return super().forward(sample, timestep, embeddings)
+
+    listening = Pipeline(
+        dataclasses.replace(pipeline.weights, unet=Listening(pipeline.weights.unet, most=100))
+    )
+    weights = pipeline.weights
+    pictures(listening, ask(prompt="猫" * 75 + "富士山", negative_prompt="寿司", num_inference_steps=1))
+    ids = [weights.tokenizer(text).ids for text in ("寿司", "", "猫" * 75)]
+    away, empty, first = (encode(window, weights.text_encoder) for window in ids)
+    [embeddings] = seen
+    assert embeddings.shape == (2, 2 * 77, 32)
+    assert torch.equal(embeddings[:1], torch.cat([away, empty], dim=1))
+    assert torch.equal(embeddings[1:, :77], first)
+
+
+@pytest.mark.parametrize("prompt", ["(猫:1.0)、[（寿司）]", "猫、((寿司:2):.5)", "(猫、寿司：１)"])
+def test_a_weight_of_1_everywhere_gives_the_picture_of_the_plain_prompt(pipeline, prompt):
+    plain = ask(prompt="猫、寿司", negative_prompt="猫、寿司 ABC")
+    emphasized = ask(prompt=prompt, negative_prompt="猫、寿司 (A[B]C:1)".replace("[B]", "B"))
+    assert np.array_equal(pictures(pipeline, emphasized), pictures(pipeline, plain))
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_emphasis_shows(pipeline, name):
+    made = [
+        pictures(pipeline, ask(**{name: text}))[0]
+        for text in ("猫、寿司", "(猫:1.5)、寿司", "猫、(寿司:1.5)")
+    ]
+    assert min(difference(made[i], made[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 5
+
+
+def test_weights_multiply_the_embedding_and_its_mean_is_restored(weights):
+    encoder, ids = weights.text_encoder, weights.tokenizer("猫寿司").ids
+    with torch.inference_mode():
+        # With a bias, as trained ones have, the tokens' means agree in sign.
+        encoder.final_layer_norm.bias.add_(0.5)
+        try:
+            plain = encode(ids, encoder)
+            factors = [1.0, 1.0, 1.5, 0.5] + [1.0] * 73
+            weighted = encode(ids, encoder, factors)
+        finally:
+            encoder.final_layer_norm.bias.sub_(0.5)
+    expected = plain * torch.tensor(factors)[:, None]
+    expected *= plain.mean() / expected.mean()
+    assert torch.allclose(weighted, expected, atol=1e-5)
+    assert weighted.mean().item() == pytest.approx(plain.mean().item(), rel=1e-4)
+    assert not torch.allclose(weighted, plain, atol=1e-2)
+
+
+def test_a_mean_near_zero_does_not_scale_the_embedding_beyond_its_weights(weights):
+    encoder, ids = weights.text_encoder, weights.tokenizer("猫寿司").ids
+    for text_weight in (0.0, 0.2, 1.3, 3.0):
+        factors = [1.0, text_weight] + [1.0] * 75
+        with torch.inference_mode():
+            plain, weighted = encode(ids, encoder), encode(ids, encoder, factors)
+        ratio = (weighted[0, 2:] / plain[0, 2:]).median()
+        assert 1 / max(factors) - 1e-4 <= ratio <= 1 / max(0.1, min(factors)) + 1e-4
 
 
 def test_every_step_tells_how_far_it_is(pipeline):

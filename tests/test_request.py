@@ -17,6 +17,7 @@ def test_the_defaults_are_a_request():
     "inputs",
     [
         {"prompt": "", "negative_prompt": "犬" * 1000},
+        {"prompt": "(猫:10)(犬:0)", "negative_prompt": r"\(8:15\)"},
         {"prompt": "あ" * 1000},
         {"width": 64, "height": 1024},
         {"width": 1024, "height": 768},
@@ -40,6 +41,9 @@ def test_the_limits_themselves_are_allowed(inputs):
         ({"prompt": ["猫"]}, ["prompt", "猫", "text"]),
         ({"prompt": "a\0b"}, ["prompt", "NUL", "position 1"]),
         ({"prompt": "\ud83d"}, ["prompt", "surrogate"]),
+        ({"prompt": "((猫と)(犬:10))"}, ["prompt", "'犬'", "weight 11", "0 to 10", r"\( and \)"]),
+        ({"negative_prompt": "猫（犬：-1）"}, ["negative_prompt", "'犬'", "weight -1", "0 to 10"]),
+        ({"prompt": f"(猫:{'9' * 900})"}, ["prompt", "'猫'", "weight inf", "0 to 10"]),
         ({"negative_prompt": 5}, ["negative_prompt", "5", "text"]),
         ({"negative_prompt": "x" * 2000}, ["negative_prompt", "2,000"]),
         ({"width": 63}, ["width", "63", "multiple of 64 from 64 to 1024"]),
