@@ -49,7 +49,8 @@ class Draws(Dataset[dict[str, Any]]):
 
     Item ``position`` is one draw: ``picture`` (3, height, width) in -1 to 1 or ``moments``
     (2·channels, height/f, width/f) from the cache of latents, and ``ids`` (77,), the caption's or the
-    empty prompt's. Each epoch has an order of its own, and so do the captions.
+    empty prompt's. With ``partners`` it is no picture but ``ids`` and ``partner_ids`` (77,) of two captions
+    of one. Each epoch has an order of its own, and so do the captions.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Draws(Dataset[dict[str, Any]]):
         caption_dropout: float,
         moments: npt.NDArray[np.float16] | None,
         crop: int = 0,
+        partners: bool = False,
     ) -> None:
         self.shards = shards
         self.language = language
@@ -70,6 +72,7 @@ class Draws(Dataset[dict[str, Any]]):
         self.caption_dropout = caption_dropout
         self.moments = moments
         self.crop = crop
+        self.partners = partners
         self.members = np.array(
             [
                 index
@@ -83,6 +86,8 @@ class Draws(Dataset[dict[str, Any]]):
         epoch, place = divmod(position, len(self.members))
         index = int(self.members[_order(self.seed, epoch, len(self.members))[place]])
         item: dict[str, Any] = {}
+        if self.partners:
+            return self._two_captions(index, position)
         if self.moments is None:
             item["picture"] = to_tensor(self._cut(self.shards.picture(index), position))
         else:
@@ -94,6 +99,14 @@ class Draws(Dataset[dict[str, Any]]):
             dropped = rng.random() < self.caption_dropout
             item["ids"] = torch.tensor(self.encode("" if dropped else caption))
         return item
+
+    def _two_captions(self, index: int, position: int) -> dict[str, Any]:
+        assert self.encode
+        rng = np.random.default_rng((self.seed, 4, position))
+        captions = self.shards.about[index][self.language]
+        two = rng.choice(len(captions), 2, replace=len(captions) < 2)
+        ids, partner_ids = (torch.tensor(self.encode(captions[number])) for number in two)
+        return {"ids": ids, "partner_ids": partner_ids}
 
     def _cut(self, picture: Pixels, position: int) -> Pixels:
         if not self.crop:

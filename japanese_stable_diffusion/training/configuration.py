@@ -27,7 +27,7 @@ class Stage:
     """
 
     name: str
-    objective: Literal["autoencoding", "denoising"]
+    objective: Literal["autoencoding", "wording", "denoising"]
     train: tuple[str, ...]
     start: dict[str, str]
     steps: int

@@ -1,4 +1,4 @@
-"""What the stages minimise: an autoencoder's reconstruction, and a denoiser's error."""
+"""What the stages minimise: the error of an autoencoder, of a text encoder, of a denoiser."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import CLIPTextModel
 
 Losses = dict[str, Tensor]
@@ -38,6 +39,32 @@ class Autoencoding(nn.Module):
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         l1, l2 = difference.abs().mean(), difference.pow(2).mean()
         return {"loss": l1 + l2 + self.kl_weight * kl, "l1": l1, "kl": kl}
+
+
+TEMPERATURE = 0.07
+"""Of the contrastive loss, as CLIP's training begins with."""
+
+
+class Wording(nn.Module):
+    """Find each caption's partner, another caption of the same picture, among those of a batch.
+
+    The contrastive loss of CLIP (Radford et al. 2021, arXiv:2103.00020, fig. 3) with a second caption in
+    place of the picture, on the mean of all positions. Stable Diffusion began with CLIP's text encoder; one
+    with random weights gives all captions nearly the same mean, which a denoiser takes long to see through.
+    """
+
+    def __init__(self, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, ids: Tensor, partner_ids: Tensor) -> Losses:
+        """Both (batch, 77), partners at the same place."""
+        hidden = self.text_encoder(torch.cat([ids, partner_ids])).last_hidden_state.float()
+        captions, partners = functional.normalize(hidden.mean(dim=1), dim=1).chunk(2)
+        likeness = captions @ partners.T / TEMPERATURE
+        right = torch.arange(len(ids), device=ids.device)
+        loss = functional.cross_entropy(likeness, right) + functional.cross_entropy(likeness.T, right)
+        return {"loss": loss / 2, "found": (likeness.argmax(1) == right).float().mean()}
 
 
 class Denoising(nn.Module):

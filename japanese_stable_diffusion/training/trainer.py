@@ -32,7 +32,7 @@ from .batches import Draws, Steps, cached_moments, fingerprint, loader, noise_fo
 from .configuration import Configuration, ConfigurationError, Stage
 from .evaluation import Ask, Settings, generate, through_autoencoder
 from .export import save_models
-from .objectives import Autoencoding, Denoising
+from .objectives import Autoencoding, Denoising, Wording
 from .shards import Shards
 from .styles import Pixels
 from .tokenizer import train_tokenizer
@@ -99,6 +99,8 @@ def _objective(configuration: Configuration, stage: Stage, models: Models) -> nn
         model.train(name in stage.train)
     if stage.objective == "autoencoding":
         return Autoencoding(models["vae"], stage.kl_weight)
+    if stage.objective == "wording":
+        return Wording(models["text_encoder"])
     return Denoising(models["unet"], models["text_encoder"], configuration.scheduler, stage.min_snr_gamma)
 
 
@@ -161,12 +163,11 @@ def train(
     models = start_models(configuration, stage, runs)
     if accelerator.device.type == "cpu":
         _attend_by_matrix_products(models)
-    denoising = stage.objective == "denoising"
     tokenizer_folder: Path | None = None
     tokenizer: Tokenizer | None = None
     encode: Callable[[str], list[int]] | None = None
     moments = None
-    if denoising:
+    if stage.objective != "autoencoding":
         with accelerator.main_process_first():
             tokenizer_folder = _tokenizer_folder(configuration, stage, shards, runs)
         tokenizer = words = Tokenizer(tokenizer_folder)
@@ -174,6 +175,7 @@ def train(
         def encode(text: str) -> list[int]:
             return words(text).ids
 
+    if stage.objective == "denoising":
         models["vae"].to(accelerator.device).requires_grad_(False).eval()
         if stage.cache_latents:
             origin = origin_folder(stage.start["vae"], runs) / "vae" / "diffusion_pytorch_model.safetensors"
@@ -206,6 +208,7 @@ def train(
         stage.caption_dropout,
         moments,
         stage.crop,
+        partners=stage.objective == "wording",
     )
     rank, processes = accelerator.process_index, accelerator.num_processes
     order = Steps(step, stage.last_step, stage.batch_size, stage.micro_batch_size, rank, processes)
@@ -221,7 +224,7 @@ def train(
     )
     batch_share = stage.batch_size // processes
     timesteps = configuration.scheduler["num_train_timesteps"]
-    scaling = float(models["vae"].config["scaling_factor"])
+    scaling = float(models["vae"].config["scaling_factor"]) if "vae" in models else 1.0
     while step < stage.last_step:
         rate = learning_rate(stage, step)
         for group in optimizer.param_groups:
@@ -256,7 +259,7 @@ def train(
             writer.add_scalar("learning_rate", rate, step)
         if step % stage.checkpoint_steps == 0 or step == stage.last_step:
             _checkpoint(accelerator, checkpoints, step)
-        if writer and (step % stage.picture_steps == 0 or step == stage.last_step):
+        if writer and "vae" in models and (step % stage.picture_steps == 0 or step == stage.last_step):
             ema.store(trained)
             ema.copy_to(trained)
             writer.add_images(
@@ -288,6 +291,9 @@ def _losses(
     timesteps: int,
 ) -> dict[str, Tensor]:
     device = next(objective.parameters()).device
+    if "partner_ids" in item:
+        found: dict[str, Tensor] = objective(item["ids"].to(device), item["partner_ids"].to(device))
+        return found
     vae = models["vae"]
     if "moments" in item:
         mean, logvar = item["moments"].to(device).chunk(2, dim=1)

@@ -18,7 +18,14 @@ from safetensors.torch import load_file
 
 from japanese_stable_diffusion.pipeline import Picture, Pipeline
 from japanese_stable_diffusion.request import Request
-from japanese_stable_diffusion.training.batches import BASE_STYLES, Draws, Steps, noise_for, takes_part
+from japanese_stable_diffusion.training.batches import (
+    BASE_STYLES,
+    Draws,
+    Steps,
+    _order,
+    noise_for,
+    takes_part,
+)
 from japanese_stable_diffusion.training.configuration import (
     ConfigurationError,
     Stage,
@@ -50,7 +57,7 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def runs(drawn_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All four stages, trained for a few steps each."""
+    """All stages, trained for a few steps each."""
     folder = tmp_path_factory.mktemp("runs")
     configuration = read_configuration(str(TINY))
     for stage in configuration.stages:
@@ -71,6 +78,23 @@ def test_the_autoencoder_learns_and_scales_its_latents(runs: Path) -> None:
     assert curve[-1] < 0.9 * curve[0]
     config = json.loads((runs / "autoencoder" / "weights" / "vae" / "config.json").read_text())
     assert config["scaling_factor"] != 0.18215
+
+
+def test_captions_find_their_partners(runs: Path) -> None:
+    curve = losses(runs / "words")
+    assert curve[-1] < 0.9 * curve[0]
+    assert not (runs / "words" / "weights" / "unet").exists()
+
+
+def test_two_captions_of_one_picture_are_partners(drawn: Shards) -> None:
+    draws = Draws(
+        drawn, "ja", 7, False, lambda text: [len(text)] + [ord(c) for c in text], 0.5, None, partners=True
+    )
+    for position in range(20):
+        item = draws[position]
+        about = drawn.about[int(draws.members[_order(7, 0, len(draws.members))[position]])]
+        texts = ["".join(map(chr, item[name].tolist()[1:])) for name in ("ids", "partner_ids")]
+        assert set(texts) <= set(about["ja"]) and (len(set(texts)) == 2 or len(set(about["ja"])) == 1)
 
 
 def test_sample_pictures_and_losses_are_logged(runs: Path) -> None:
@@ -241,12 +265,12 @@ def test_configurations_are_whole(name: str) -> None:
 
 def test_needed_stages_come_in_order() -> None:
     configuration = read_configuration("demo")
-    assert needed_stages(configuration, "stage2") == ["autoencoder", "base", "stage1", "stage2"]
+    assert needed_stages(configuration, "stage2") == ["autoencoder", "words", "base", "stage1", "stage2"]
 
 
 def test_errors_are_told_in_a_line(drawn_folder: Path, tmp_path: Path) -> None:
     configuration = read_configuration(str(TINY))
-    with pytest.raises(ConfigurationError, match="stage3: tiny has autoencoder, base, stage1, stage2"):
+    with pytest.raises(ConfigurationError, match="stage3: tiny has autoencoder, words, base, stage1, stage2"):
         configuration.stage("stage3")
     with pytest.raises(ConfigurationError, match="there are demo, full"):
         read_configuration("nothing")
