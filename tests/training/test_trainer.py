@@ -265,7 +265,8 @@ def test_configurations_are_whole(name: str) -> None:
 
 def test_needed_stages_come_in_order() -> None:
     configuration = read_configuration("demo")
-    assert needed_stages(configuration, "stage2") == ["autoencoder", "words", "base", "stage1", "stage2"]
+    needed = ["autoencoder", "words", "base", "words_ja", "stage1", "stage2"]
+    assert needed_stages(configuration, "stage2") == needed
 
 
 def test_errors_are_told_in_a_line(drawn_folder: Path, tmp_path: Path) -> None:
