@@ -41,7 +41,7 @@ class Stage:
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
-    min_snr_gamma: float = 0.0
+    weight_limit: float = 0.0
     kl_weight: float = 1e-4
     crop: int = 0
     stop: int = 0

@@ -70,8 +70,10 @@ class Wording(nn.Module):
 class Denoising(nn.Module):
     """Epsilon prediction on latents (Ho et al. 2020, arXiv:2006.11239, eq. 14), conditioned on token ids.
 
-    With ``min_snr_gamma`` above 0 each timestep weighs min(SNR, gamma) / SNR (Hang et al. 2023,
-    arXiv:2303.09556, eq. 5 for epsilon).
+    With ``weight_limit`` above 0 each timestep weighs as if the velocity were predicted, (SNR + 1) / SNR
+    (Salimans & Ho 2022, arXiv:2202.00512, app. D), but no more than the limit. Without it, nearly all of
+    the error is made where little noise is left, and the text, which matters where there is much, is hardly
+    heard.
     """
 
     def __init__(
@@ -79,15 +81,14 @@ class Denoising(nn.Module):
         unet: UNet2DConditionModel,
         text_encoder: CLIPTextModel,
         scheduler: dict[str, Any],
-        min_snr_gamma: float,
+        weight_limit: float,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
         self.noise_schedule = DDPMScheduler(**scheduler)
-        signal = self.noise_schedule.alphas_cumprod
-        snr = signal / (1 - signal)
-        weights = snr.clamp(max=min_snr_gamma) / snr if min_snr_gamma else torch.ones_like(snr)
+        # (SNR + 1) / SNR is the inverse of the signal's share of the variance.
+        weights = (1 / self.noise_schedule.alphas_cumprod).clamp(max=weight_limit or 1.0)
         self.timestep_weights: Tensor
         self.register_buffer("timestep_weights", weights, persistent=False)
 

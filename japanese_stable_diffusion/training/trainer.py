@@ -101,7 +101,7 @@ def _objective(configuration: Configuration, stage: Stage, models: Models) -> nn
         return Autoencoding(models["vae"], stage.kl_weight)
     if stage.objective == "wording":
         return Wording(models["text_encoder"])
-    return Denoising(models["unet"], models["text_encoder"], configuration.scheduler, stage.min_snr_gamma)
+    return Denoising(models["unet"], models["text_encoder"], configuration.scheduler, stage.weight_limit)
 
 
 def _tokenizer_folder(configuration: Configuration, stage: Stage, shards: Shards, runs: Path) -> Path:

@@ -33,9 +33,10 @@ from japanese_stable_diffusion.training.configuration import (
 )
 from japanese_stable_diffusion.training.demo import needed_stages
 from japanese_stable_diffusion.training.export import publish
+from japanese_stable_diffusion.training.objectives import Denoising
 from japanese_stable_diffusion.training.samples import Sample
 from japanese_stable_diffusion.training.shards import Shards, write_shard
-from japanese_stable_diffusion.training.trainer import learning_rate, train
+from japanese_stable_diffusion.training.trainer import learning_rate, make_model, train
 from japanese_stable_diffusion.weights import load_weights, read_manifest, verify_weights
 
 TINY = Path(__file__).with_name("tiny.toml")
@@ -234,6 +235,16 @@ def test_noise_belongs_to_the_position() -> None:
     part = noise_for(1, range(12, 14), (2, 3), 1000)
     assert all(torch.equal(a[2:], b) for a, b in zip(whole, part, strict=True))
     assert not torch.equal(whole[0], whole[1])
+
+
+def test_timesteps_weigh_as_if_the_velocity_were_predicted_up_to_the_limit() -> None:
+    configuration = read_configuration(str(TINY))
+    parts = make_model("unet", configuration), make_model("text_encoder", configuration)
+    signal = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    weights = Denoising(*parts, configuration.scheduler, 20.0).timestep_weights.numpy()
+    np.testing.assert_allclose(weights[[0, 300, 600]], 1 / signal[[0, 300, 600]], rtol=1e-4)
+    assert weights[-1] == 20 < 1 / signal[-1]
+    assert (Denoising(*parts, configuration.scheduler, 0.0).timestep_weights == 1).all()
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
