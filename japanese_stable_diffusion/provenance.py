@@ -47,11 +47,16 @@ class Parameters:
         request: for this picture alone, with its own seed.
         weights: name of the weights.
         weights_version: their version; may be empty.
+        image_hash: of the picture file that it was made from, the first 16 hexadecimal digits of its SHA-256;
+            empty if it was made from none.
+        mask_hash: likewise of the mask file.
     """
 
     request: Request
     weights: str
     weights_version: str
+    image_hash: str = ""
+    mask_hash: str = ""
 
     def __str__(self) -> str:
         request = self.request
@@ -65,6 +70,11 @@ class Parameters:
         }
         if self.weights_version:
             settings["Model version"] = self.weights_version
+        if self.image_hash:
+            settings["Denoising strength"] = request.prompt_strength
+            settings["Init image hash"] = self.image_hash
+        if self.mask_hash:
+            settings["Mask hash"] = self.mask_hash
         if request.output_format != "png":
             settings["Output format"] = request.output_format
             settings["Output quality"] = request.output_quality
@@ -107,11 +117,17 @@ def parse(text: str) -> Parameters:
             guidance_scale=_number("CFG scale", settings, float),
             scheduler=schedulers[sampler],
             seed=_number("Seed", settings, int),
-            **_output(settings),
+            **_optional(settings),
         )
     except RequestError as error:
         raise ProvenanceError(str(error)) from error
-    return Parameters(request, settings.get("Model", ""), settings.get("Model version", ""))
+    return Parameters(
+        request,
+        settings.get("Model", ""),
+        settings.get("Model version", ""),
+        settings.get("Init image hash", ""),
+        settings.get("Mask hash", ""),
+    )
 
 
 def save_options(file_format: str, parameters: Parameters) -> dict[str, Any]:
@@ -194,13 +210,14 @@ def open_picture(file: Path) -> Image.Image:
         raise ProvenanceError("is not a PNG, JPEG or WebP picture that can be read") from error
 
 
-def _output(settings: dict[str, str]) -> dict[str, Any]:
-    if "Output format" not in settings:
-        return {}
-    return {
-        "output_format": settings["Output format"],
-        "output_quality": _number("Output quality", settings, int),
-    }
+def _optional(settings: dict[str, str]) -> dict[str, Any]:
+    inputs: dict[str, Any] = {}
+    if "Init image hash" in settings:
+        inputs["prompt_strength"] = _number("Denoising strength", settings, float)
+    if "Output format" in settings:
+        inputs["output_format"] = settings["Output format"]
+        inputs["output_quality"] = _number("Output quality", settings, int)
+    return inputs
 
 
 def _setting(name: str, settings: dict[str, str]) -> str:

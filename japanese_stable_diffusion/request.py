@@ -6,6 +6,7 @@ without running it; a test holds the two together.
 
 import secrets
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from japanese_stable_diffusion import emphasis
 
@@ -21,9 +22,17 @@ NUM_OUTPUTS = (1, 8)
 NUM_INFERENCE_STEPS = (1, 500)
 GUIDANCE_SCALE = (1.0, 20.0)
 SEEDS = (0, 2**32 - 1)
+PROMPT_STRENGTH = (0.0, 1.0)
+PICTURE_BYTES = 50_000_000
+"""Most bytes of a picture file that is sent."""
+PICTURE_PIXELS = 50_000_000
+"""Most pixels in a picture that is sent."""
 OUTPUT_FORMATS = ("png", "jpg", "webp")
 OUTPUT_QUALITY = (0, 100)
 SCHEDULERS = ("DPMSolverMultistep", "PNDM", "DDIM", "KLMS", "K_EULER", "K_EULER_ANCESTRAL", "UniPC")
+
+
+_URL_ALLOWED = "an http, https or data URL is allowed"
 
 
 class RequestError(ValueError):
@@ -49,6 +58,9 @@ class Request:
     guidance_scale: float = 7.5
     scheduler: str = "DPMSolverMultistep"
     seed: int | None = None
+    image: Path | None = None
+    prompt_strength: float = 0.8
+    mask: Path | None = None
     output_format: str = "png"
     output_quality: int = 90
 
@@ -68,6 +80,11 @@ class Request:
         _check_choice("scheduler", self.scheduler, SCHEDULERS)
         if self.seed is not None:
             _check_integer("seed", self.seed, *SEEDS)
+        _check_file("image", self.image)
+        _check_number("prompt_strength", self.prompt_strength, *PROMPT_STRENGTH)
+        _check_file("mask", self.mask)
+        if self.mask is not None and self.image is None:
+            raise RequestError("mask: is given without a picture to paint into; give image too")
         _check_choice("output_format", self.output_format, OUTPUT_FORMATS)
         _check_integer("output_quality", self.output_quality, *OUTPUT_QUALITY)
 
@@ -115,6 +132,13 @@ def _check_text(name: str, value: object) -> None:
                 f"{name}: {_show(fragment.text)} is given the weight {fragment.weight:g}; "
                 f"{WEIGHTS[0]:g} to {WEIGHTS[1]:g} is allowed, and \\( and \\) are plain brackets"
             )
+
+
+def _check_file(name: str, value: object) -> None:
+    # Cog's server hands over what it fetched from a URL as a Path. A path or file:// URL that a caller wrote
+    # comes through as it was written, a text: refusing texts keeps strangers from the server's own files.
+    if value is not None and not isinstance(value, Path):
+        raise RequestError(f"{name}: {_show(value)} is not a file that was sent; {_URL_ALLOWED}")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -48,3 +49,24 @@ def make_scheduler(name: str, config: dict[str, Any]) -> SchedulerMixin:
     make, options = _SCHEDULERS[name]
     noise_schedule = {key: config.get(key, value) for key, value in _NOISE_SCHEDULE.items()}
     return make(**noise_schedule, **options)
+
+
+def skip_steps(scheduler: SchedulerMixin, count: int) -> None:
+    """Leave out the first steps, for latents that have only as much noise as those would have left.
+
+    What remains is a schedule of its own, which begins with a first-order step as schedules do. Entered
+    midway, KLMS and PNDM would count on steps that were never taken.
+
+    Args:
+        scheduler: with its timesteps set.
+        count: steps to leave out, as `num_inference_steps` counts them.
+    """
+    if not count:
+        return
+    if isinstance(scheduler, PNDMScheduler):
+        remaining = scheduler.timesteps.unique_consecutive()[count:]
+        scheduler.timesteps = torch.cat([remaining[:2], remaining[1:]])
+    else:
+        scheduler.timesteps = scheduler.timesteps[count:]
+        if hasattr(scheduler, "sigmas"):
+            scheduler.sigmas = scheduler.sigmas[count:]

@@ -1,5 +1,7 @@
 """What a person types at scripts/predict, and what comes back."""
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -204,11 +206,64 @@ def test_a_file_without_parameters_is_told_in_one_line(
     assert error.startswith(f"{file}: ") and error.count("\n") == 1
 
 
+def test_a_picture_is_made_from_a_file_and_made_again_with_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.linear_gradient("L").resize((64, 64)).save("photo.png")
+    Image.linear_gradient("L").resize((64, 64)).save("mask.png")
+    Image.new("L", (64, 64), 255).save("other.png")
+    made = ["seed=5", "num_inference_steps=4", "prompt_strength=0.5", "mask=mask.png"]
+    assert predict([*made, "image=photo.png"], output="a.png") == 0
+    assert predict([*made, "image=@photo.png"], output="b.png") == 0
+    data = "data:image/png;base64," + base64.b64encode(Path("photo.png").read_bytes()).decode()
+    inputs = {"seed": 5, "num_inference_steps": 4, "prompt_strength": 0.5, "mask": "mask.png", "image": data}
+    assert predict([], json.dumps(inputs), output="c.png") == 0
+    assert Image.open("a.png").size == (64, 64)
+    assert largest_difference("a.png", "b.png") == largest_difference("a.png", "c.png") == 0
+    capsys.readouterr()
+
+    assert predict([], again="a.png") == 2
+    assert capsys.readouterr().err.startswith("image: a.png was made from a picture that it doesn't hold; ")
+    assert predict(["image=photo.png"], again="a.png") == 2
+    assert capsys.readouterr().err.startswith("mask: a.png was made from a picture that it doesn't hold; ")
+    assert predict(["image=photo.png", "mask=mask.png"], output="again.png", again="a.png") == 0
+    assert largest_difference("a.png", "again.png") == 0
+    assert "will look different" not in capsys.readouterr().err
+    assert predict(["image=other.png", "mask=mask.png"], output="else.png", again="a.png") == 0
+    assert "made from other pictures than those given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["image=nowhere.png"], "image: can't be read (No such file or directory)"),
+        (["image="], "image: can't be read (Is a directory)"),
+        (["image=text.png"], "image: is not a picture that can be read"),
+        (["image=http://127.0.0.1:1/a.png"], "image: can't be fetched (ConnectionError: "),
+        (["image=data:image/png;base64,AAAA"], "image: is not a picture that can be read"),
+        (["image=http://["], "image: can't be fetched (ValueError: "),
+        (["mask=text.png"], "mask: is given without a picture"),
+        (["image=white.png", "mask=text.png"], "mask: is not a picture that can be read"),
+    ],
+)
+def test_a_wrong_picture_is_told_in_one_line(
+    typed: list[str], told: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("text.png").write_text("<html></html>")
+    Image.new("RGB", (64, 64), "white").save("white.png")
+    assert predict(typed) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(told) and error.count("\n") == 1
+
+
 def test_nothing_is_left_behind_but_the_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = folder.parent / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    assert predict(SMALL) == 0
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    assert predict([*SMALL, f"image={data}"]) == 0
     assert os.listdir(scratch) == []
 
 

@@ -13,6 +13,7 @@ import pytest
 from japanese_stable_diffusion.openapi import PREDICTOR, schema, write_schema
 from japanese_stable_diffusion.request import OUTPUT_FORMATS, SCHEDULERS, SIDES
 
+FILE = {"type": "string", "format": "uri", "default": None, "nullable": True}
 TEXT = {"type": "string", "maxLength": 1000}
 
 
@@ -61,13 +62,20 @@ def components() -> dict[str, Any]:
                 "maximum": 4294967295,
             },
         ),
+        (9, "image", {"title": "Image", **FILE}),
         (
-            9,
+            10,
+            "prompt_strength",
+            {"title": "Prompt Strength", "type": "number", "default": 0.8, "minimum": 0, "maximum": 1},
+        ),
+        (11, "mask", {"title": "Mask", **FILE}),
+        (
+            12,
             "output_format",
             {"allOf": [{"$ref": "#/components/schemas/output_format"}], "default": "png"},
         ),
         (
-            10,
+            13,
             "output_quality",
             {"title": "Output Quality", "type": "integer", "default": 90, "minimum": 0, "maximum": 100},
         ),
@@ -82,7 +90,7 @@ def test_each_input(order: int, name: str, expected: dict[str, Any], components:
 
 
 def test_there_are_no_other_inputs_and_none_is_required(components: dict[str, Any]) -> None:
-    assert len(components["Input"]["properties"]) == 11
+    assert len(components["Input"]["properties"]) == 14
     assert "required" not in components["Input"]
 
 

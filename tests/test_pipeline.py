@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from japanese_stable_diffusion.images import open_start
 from japanese_stable_diffusion.pipeline import (
     ACTIVATIONS_PER_CHANNEL,
     Figures,
@@ -21,6 +22,7 @@ from japanese_stable_diffusion.pipeline import (
     largest_batch,
 )
 from japanese_stable_diffusion.request import SCHEDULERS, Request, RequestError
+from japanese_stable_diffusion.schedulers import make_scheduler
 from japanese_stable_diffusion.weights import Manifest
 
 
@@ -46,6 +48,25 @@ def pictures(pipeline, request, figures=None):
 
 def difference(one, other):
     return np.abs(one - other).max()
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory):
+    """A file of 96 × 64 pixels in which nothing is of one colour."""
+    across, down = np.meshgrid(np.linspace(0, 255, 96), np.linspace(0, 255, 64))
+    path = tmp_path_factory.mktemp("photograph") / "photograph.png"
+    Image.fromarray(np.stack([across, down, 255 - down], axis=-1).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def mask(tmp_path_factory):
+    """A file that goes with the photograph: white in the left third."""
+    path = tmp_path_factory.mktemp("mask") / "mask.png"
+    picture = Image.new("1", (96, 64))
+    picture.paste(1, (0, 0, 32, 64))
+    picture.save(path)
+    return path
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -323,3 +344,126 @@ def test_what_small_weights_generate_is_enlarged_to_the_asked_size(weights):
     assert picture.image.size == (256, 256)
     enlarged = decode(weights.vae, step.latents).resize((256, 256), Image.Resampling.LANCZOS)
     assert np.array_equal(picture.image, enlarged)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_words_alone_make_the_picture_of_the_plain_loop_bit_for_bit(pipeline, scheduler):
+    weights = pipeline.weights
+    solver = make_scheduler(scheduler, weights.scheduler_config)
+    solver.set_timesteps(3)
+    generator = torch.Generator().manual_seed(7)
+    with torch.inference_mode():
+        ids = torch.tensor([weights.tokenizer("").ids, weights.tokenizer("猫").ids])
+        # One after the other, as the pipeline does: two at once may round otherwise.
+        embeddings = torch.cat([weights.text_encoder(one[None]).last_hidden_state for one in ids])
+        latents = torch.randn((1, 4, 8, 8), generator=generator) * solver.init_noise_sigma
+        for timestep in solver.timesteps:
+            scaled = solver.scale_model_input(latents, timestep)
+            away, towards = weights.unet(torch.cat([scaled, scaled]), timestep, embeddings).sample.chunk(2)
+            options = {"generator": [generator]} if "ANCESTRAL" in scheduler or scheduler == "DDIM" else {}
+            predicted = away + 7.5 * (towards - away)
+            latents = solver.step(predicted, timestep, latents, **options).prev_sample
+        pixels = weights.vae.decode(latents / weights.vae.config["scaling_factor"]).sample[0]
+    expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0)
+    [made] = pictures(pipeline, ask(scheduler=scheduler))
+    assert np.array_equal(made, expected.numpy())
+
+
+def test_strength_decides_how_many_steps_are_taken(pipeline, photograph):
+    for strength, steps in [(0, 0), (0.09, 0), (0.1, 1), (0.75, 7), (1, 10)]:
+        request = ask(image=photograph, prompt_strength=strength, num_inference_steps=10)
+        events = list(pipeline.generate(request))
+        assert [event.total for event in events[:-1]] == [steps] * steps
+        assert isinstance(events[-1], Picture)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_less_strength_stays_nearer_to_the_picture(pipeline, photograph, scheduler):
+    def made(strength):
+        asked = ask(image=photograph, prompt_strength=strength, num_inference_steps=10, scheduler=scheduler)
+        return pictures(pipeline, asked)[0]
+
+    same = made(0)
+    apart = [np.abs(made(strength) - same).mean() for strength in (0.2, 0.5, 1)]
+    assert 0 < apart[0] < apart[1] < apart[2]
+
+
+def test_without_strength_the_picture_comes_back_as_the_autoencoder_sees_it(pipeline, photograph):
+    vae = pipeline.weights.vae
+    picture = open_start(ask(image=photograph)).picture
+    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.inference_mode():
+        posterior = vae.encode(values).latent_dist
+        noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(7))
+        latents = (posterior.mean + posterior.std * noise) * vae.config["scaling_factor"]
+        expected = decode(vae, latents)
+    [made] = pictures(pipeline, ask(image=photograph, prompt_strength=0))
+    assert difference(made, np.asarray(expected, dtype=int)) <= 1
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistep", "K_EULER_ANCESTRAL"])
+def test_a_batch_from_a_picture_is_what_its_seeds_make_alone(
+    pipeline, photograph, mask, scheduler, monkeypatch
+):
+    asked = {"image": photograph, "mask": mask, "width": 128, "scheduler": scheduler}
+    alone = [pictures(pipeline, ask(seed=7 + i, **asked))[0] for i in range(3)]
+    assert difference(alone[0], alone[1]) > 10
+    batch = pictures(pipeline, ask(num_outputs=3, **asked))
+    assert all(difference(*pair) <= 2 for pair in zip(batch, alone, strict=True))
+    shrink_memory(monkeypatch, 4)
+    one_by_one = pictures(pipeline, ask(num_outputs=3, **asked))
+    assert all(difference(*pair) <= 2 for pair in zip(one_by_one, alone, strict=True))
+
+
+def test_a_picture_says_at_which_size_it_was_made(pipeline, photograph):
+    request = Request(prompt="猫", image=photograph, num_inference_steps=2, seed=1)
+    *_, picture = pipeline.generate(request)
+    assert picture.image.size == (picture.request.width, picture.request.height) == (128, 64)
+    assert picture.request.image == photograph
+    assert picture.start.picture.size == (128, 64)
+
+
+@pytest.mark.parametrize("strength", [0, 0.5, 1])
+def test_what_is_black_in_the_mask_is_kept_to_the_pixel(pipeline, photograph, mask, strength):
+    asked = ask(image=photograph, mask=mask, prompt_strength=strength, width=192, height=128)
+    start = open_start(asked)
+    kept = np.asarray(start.repainted) == 0
+    assert 0.5 < kept.mean() < 0.9
+    [made] = pictures(pipeline, asked)
+    assert np.array_equal(made[kept], np.asarray(start.picture)[kept])
+    assert difference(made[~kept], np.asarray(start.picture, dtype=int)[~kept]) > 50
+
+
+def test_weights_that_enlarge_keep_the_pixels_too(weights, photograph, mask):
+    small = Pipeline(dataclasses.replace(weights, manifest=Manifest("small", native_size=64, enlarge=4)))
+    asked = ask(image=photograph, mask=mask, prompt_strength=1, width=384, height=256)
+    start = open_start(asked)
+    kept = np.asarray(start.repainted) == 0
+    *_, step, picture = small.generate(asked)
+    assert step.latents.shape == (1, 4, 6, 10)
+    assert np.array_equal(np.asarray(picture.image)[kept], np.asarray(start.picture)[kept])
+    assert difference(np.asarray(picture.image, int)[~kept], np.asarray(start.picture, int)[~kept]) > 50
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_latents_outside_the_mask_are_the_pictures_own_at_every_step(pipeline, photograph, mask, scheduler):
+    asked = {"image": photograph, "mask": mask, "width": 192, "height": 128, "scheduler": scheduler}
+    cat, dog = (
+        [event.latents for event in pipeline.generate(ask(prompt=prompt, **asked)) if isinstance(event, Step)]
+        for prompt in ("猫", "サラリーマン 油絵")
+    )
+    for one, other in zip(cat, dog, strict=True):
+        assert torch.equal(one[..., 8:], other[..., 8:])
+        assert not torch.equal(one[..., :8], other[..., :8])
+    spreads = [latents[..., 8:].std().item() for latents in cat]
+    assert spreads[-1] < spreads[0], "less and less noise"
+
+
+def test_a_mask_of_a_few_pixels_repaints_their_latents(pipeline, photograph, tmp_path):
+    dot = Image.new("L", (96, 64))
+    dot.putpixel((48, 32), 255)
+    dot.save(tmp_path / "dot.png")
+    asked = ask(image=photograph, mask=tmp_path / "dot.png", prompt_strength=1, width=192, height=128)
+    [made] = pictures(pipeline, asked)
+    changed = np.abs(made - np.asarray(open_start(asked).picture, dtype=int)).max(axis=2) > 0
+    assert 1 <= changed.sum() <= 16

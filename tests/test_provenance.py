@@ -75,6 +75,16 @@ def test_a_format_with_loss_comes_back_with_its_quality():
     assert provenance.parse(str(parameters)) == parameters
 
 
+def test_what_it_was_made_from_comes_back_as_strength_and_hashes():
+    request = replace(PARAMETERS.request, image=Path("/tmp/secret-name.png"), prompt_strength=0.35)
+    made = replace(PARAMETERS, request=request, image_hash="0123456789abcdef", mask_hash="fedcba9876543210")
+    assert "Denoising strength: 0.35, Init image hash: 0123456789abcdef, Mask hash: fedcba9876543210" in str(
+        made
+    )
+    assert "secret" not in str(made)
+    assert provenance.parse(str(made)) == replace(made, request=replace(request, image=None))
+
+
 def test_text_has_the_form_that_other_tools_read():
     assert str(PARAMETERS) == (
         "サラリーマン 油絵\n"
@@ -115,6 +125,10 @@ def test_parameters_of_another_tool_are_understood():
         (
             "Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64, Output format: jpg",
             "Output quality is missing",
+        ),
+        (
+            "Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64, Init image hash: 12",
+            "Denoising strength is missing",
         ),
         ("no settings at all", "Sampler is missing"),
         ("", "Sampler is missing"),

@@ -1,6 +1,7 @@
 """What may be asked for, and what every other value gets."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,8 @@ def test_the_defaults_are_a_request():
         {"num_outputs": 8, "num_inference_steps": 500, "guidance_scale": 20},
         {"num_inference_steps": 1, "guidance_scale": 1, "seed": 0},
         {"seed": 2**32 - 1},
+        {"image": Path("a"), "mask": Path("b"), "prompt_strength": 0},
+        {"image": Path("a"), "prompt_strength": 1},
         *({"scheduler": name} for name in SCHEDULERS),
     ],
 )
@@ -68,6 +71,14 @@ def test_the_limits_themselves_are_allowed(inputs):
         ({"guidance_scale": True}, ["guidance_scale", "True", "number"]),
         ({"scheduler": "EULER"}, ["scheduler", "EULER", "K_EULER, K_EULER_ANCESTRAL"]),
         ({"scheduler": ["PNDM"]}, ["scheduler", "PNDM", "DDIM"]),
+        ({"image": "/etc/passwd"}, ["image", "'/etc/passwd'", "http, https or data URL"]),
+        ({"image": "file:///etc/passwd"}, ["image", "'file:///etc/passwd'", "http, https or data URL"]),
+        ({"image": ""}, ["image", "''", "http, https or data URL"]),
+        ({"image": ["a.png"]}, ["image", "a.png", "http, https or data URL"]),
+        ({"image": Path("a"), "mask": "b"}, ["mask", "'b'", "http, https or data URL"]),
+        ({"mask": Path("b")}, ["mask", "without a picture", "image"]),
+        ({"prompt_strength": 1.1}, ["prompt_strength", "1.1", "0 to 1"]),
+        ({"prompt_strength": math.nan}, ["prompt_strength", "nan", "0 to 1"]),
         ({"output_format": "JPG"}, ["output_format", "'JPG'", "png, jpg, webp"]),
         ({"output_format": None}, ["output_format", "None", "png, jpg, webp"]),
         ({"output_quality": 101}, ["output_quality", "101", "0 to 100"]),

@@ -2,12 +2,15 @@
 
 import base64
 import contextlib
+import functools
+import http.server
 import io
 import json
 import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -109,6 +112,8 @@ def test_what_it_serves_is_described(server: str) -> None:
         {"scheduler": "none"},
         {"output_format": "gif"},
         {"output_quality": 101},
+        {"prompt_strength": -0.1},
+        {"image": 5},
         {"prompt": "猫" * 1001},
         {"prompt": 1},
     ],
@@ -134,6 +139,55 @@ def test_what_is_no_request_is_refused(body: bytes, server: str) -> None:
     with contextlib.suppress(json.JSONDecodeError):
         status, _ = call(server + "/predictions", body)
         assert 400 <= status < 500
+    assert_it_still_serves(server)
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture on the server's disk."""
+    path = tmp_path_factory.mktemp("photograph") / "photograph.png"
+    Image.linear_gradient("L").resize((64, 128)).save(path)
+    return path
+
+
+def data_url(file: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+
+
+def test_a_picture_may_come_in_a_data_url_or_from_an_http_url(server: str, photograph: Path) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=photograph.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as pictures:
+        threading.Thread(target=pictures.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{pictures.server_address[1]}/photograph.png"
+        fetched = predict(server, image=url, seed=1, num_inference_steps=2)[1]
+        pictures.shutdown()
+    sent = predict(server, image=data_url(photograph), seed=1, num_inference_steps=2)[1]
+    assert fetched["status"] == sent["status"] == "succeeded"
+    assert fetched["output"] == sent["output"]
+    made = Image.open(io.BytesIO(base64.b64decode(sent["output"][0].split(",")[1])))
+    assert made.size == (64, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("image", "{}"), ("image", "file://{}"), ("image", "FILE://localhost{}"), ("mask", "{}")],
+)
+def test_a_caller_can_not_name_a_file_on_the_servers_disk(
+    form: str, name: str, server: str, photograph: Path
+) -> None:
+    named = {"image": data_url(photograph), name: form.format(photograph)}
+    status, told = predict(server, **named, num_inference_steps=1)
+    assert (status, told["status"]) == (200, "failed")
+    assert f"{name}: " in told["error"] and "is not a file that was sent" in told["error"]
+
+
+@pytest.mark.parametrize("data", [b"", b"<html></html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xda"])
+def test_what_is_no_picture_fails_the_prediction_in_one_line(data: bytes, server: str) -> None:
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    status, told = predict(server, image=url, num_inference_steps=1)
+    assert (status, told["status"]) == (200, "failed")
+    assert "image: is not a picture" in told["error"]
+    assert "\n" not in told["error"] and "Traceback" not in told["logs"]
     assert_it_still_serves(server)
 
 

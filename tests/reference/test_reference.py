@@ -35,8 +35,9 @@ def test_token_ids_are_equal(prompt):
     assert Tokenizer(WEIGHTS / "tokenizer")(prompt).ids == EXPECTED["token_ids"][prompt]
 
 
-@pytest.mark.parametrize("case", TEXT_TO_IMAGE, ids=lambda case: case["file"])
+@pytest.mark.parametrize("case", EXPECTED["cases"], ids=lambda case: case["file"])
 def test_pictures_are_within_1_of_255(predictor, case):
+    start = {"image": REFERENCE / case["init"], "prompt_strength": case["strength"]} if "init" in case else {}
     [path] = predictor.predict(
         prompt=case["prompt"],
         negative_prompt=case.get("negative_prompt", ""),
@@ -47,6 +48,7 @@ def test_pictures_are_within_1_of_255(predictor, case):
         guidance_scale=case["guidance"],
         scheduler=case["scheduler"],
         seed=case["seed"],
+        **start,
     )
     made = np.asarray(Image.open(path).convert("RGB"), dtype=int)
     expected = np.asarray(Image.open(REFERENCE / case["file"]).convert("RGB"), dtype=int)
