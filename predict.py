@@ -45,6 +45,10 @@ class Predictor(BasePredictor):
         log.info("device: %s, %s", device, str(weights.unet.dtype).removeprefix("torch."))
         self.checker = choose_checker(weights)
 
+    def healthcheck(self) -> bool:
+        """Whether the model can still compute; Cog asks at every /health-check while no picture is being made."""
+        return self.pipeline.can_compute()
+
     def predict(
         self,
         prompt: str = Input(
