@@ -8,14 +8,13 @@ is decided in `japanese_stable_diffusion/request.py`.
 # ruff: noqa: E501, UP006, UP035, UP045
 
 import logging
-import tempfile
 from typing import List, Optional
 
 from cog import BasePredictor, Input, Path
 from cog.input import FieldInfo
 
 from japanese_stable_diffusion.hub import download_if_wanted
-from japanese_stable_diffusion.images import write_image
+from japanese_stable_diffusion.images import output_folder, write_image
 from japanese_stable_diffusion.pipeline import Figures, Picture, Pipeline
 from japanese_stable_diffusion.progress import Progress
 from japanese_stable_diffusion.provenance import Parameters
@@ -44,6 +43,7 @@ class Predictor(BasePredictor):
         )
         log.info("device: %s, %s", device, str(weights.unet.dtype).removeprefix("torch."))
         self.checker = choose_checker(weights)
+        self.outputs = output_folder()
 
     def healthcheck(self) -> bool:
         """Whether the model can still compute; Cog asks at every /health-check while no picture is being made."""
@@ -112,7 +112,7 @@ class Predictor(BasePredictor):
             le=100,
         ),
     ) -> List[Path]:
-        """Make the pictures; picture i is the one that seed + i makes alone."""
+        """Make the pictures; picture i is the one that seed + i makes alone. They stay until the next call."""
         given = {name: value for name, value in locals().items() if name != "self"}
         # Called from Python instead of through Cog, what was left out is still the Input itself.
         inputs = {
@@ -122,14 +122,16 @@ class Predictor(BasePredictor):
         log.info("seed: %d", request.seed)
         manifest = self.pipeline.weights.manifest
         figures = Figures()
-        folder = Path(tempfile.mkdtemp(prefix="japanese-stable-diffusion-"))
+        # By the time that Cog asks for the next prediction, it has delivered the files of the last.
+        self.outputs.cleanup()
+        self.outputs = output_folder()
         paths = []
         with Progress() as progress:
             for event in self.pipeline.generate(request, figures):
                 if isinstance(event, Picture):
                     if self.checker and is_flagged(event.image, self.checker):
                         continue
-                    path = folder / f"output.{event.index}.{request.output_format}"
+                    path = Path(self.outputs.name) / f"output.{event.index}.{request.output_format}"
                     write_image(event.image, path, Parameters(event.request, manifest.name, manifest.version))
                     paths.append(Path(path))
                 else:
