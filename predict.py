@@ -4,8 +4,8 @@
 is decided in `japanese_stable_diffusion/request.py`.
 """
 
-# Cog's reader knows neither joined strings nor `int | None`.
-# ruff: noqa: E501, UP006, UP035, UP045
+# Cog's reader knows neither joined strings nor `int | None`, and wants every `Input` called in the signature.
+# ruff: noqa: B008, E501, UP006, UP035, UP045
 
 import logging
 from typing import List, Optional
@@ -100,6 +100,20 @@ class Predictor(BasePredictor):
             ge=0,
             le=4294967295,
         ),
+        image: Optional[Path] = Input(
+            description="もとにする画像。幅と高さが512のままなら画像の大きさで、そうでなければ切り抜いて、描き直す。 / A picture to start from. If width and height are left at 512 its own size is used, otherwise it is cropped to theirs.",
+            default=None,
+        ),
+        prompt_strength: float = Input(
+            description="もとの画像（image）を描き直す強さ。0ならそのまま、1ならほぼ最初から。 / How much of the picture (image) to change: 0 leaves it, 1 paints almost from nothing.",
+            default=0.8,
+            ge=0,
+            le=1,
+        ),
+        mask: Optional[Path] = Input(
+            description="画像（image）のうち描き直す所を白、残す所を黒にした画像。 / A picture of the same shape as image: white is repainted, black is kept.",
+            default=None,
+        ),
         output_format: str = Input(
             description="画像ファイルの形式。pngは劣化なし、jpgとwebpは小さい。 / File format; png is lossless, jpg and webp are smaller.",
             default="png",
@@ -132,7 +146,8 @@ class Predictor(BasePredictor):
                     if self.checker and is_flagged(event.image, self.checker):
                         continue
                     path = Path(self.outputs.name) / f"output.{event.index}.{request.output_format}"
-                    write_image(event.image, path, Parameters(event.request, manifest.name, manifest.version))
+                    parameters = Parameters(event.request, manifest.name, manifest.version)
+                    write_image(event.image, path, parameters, event.start)
                     paths.append(Path(path))
                 else:
                     progress.show(event.index, event.total)

@@ -7,12 +7,17 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
+from cog.types import Path as CogPath
+from cog.types import URLPath
+
+from japanese_stable_diffusion.images import open_start
 from japanese_stable_diffusion.provenance import Parameters, ProvenanceError, read_parameters
 from japanese_stable_diffusion.request import Request, RequestError
 
 _TYPES = get_type_hints(Request)
+_FILES = {name for name, kind in _TYPES.items() if Path in get_args(kind)}
 _MOST_TEXT = 1_000_000
 """Characters read of a text file: far over what any input allows, so that an endless file ends too."""
 _ENDINGS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
@@ -35,21 +40,29 @@ def predict(
     Returns:
         The exit code: 0, or after one line on stderr 2 for a wrong input and 1 for any other failure.
     """
+    received = contextlib.ExitStack()
     try:
         made = read_parameters(Path(again)) if again else None
         inputs = asdict(made.request) if made else {}
         if output and not _is_folder(output) and (ending := _ending(output)):
             inputs["output_format"] = ending
         inputs |= read_inputs(typed) if json_text is None else read_json(json_text)
+        inputs |= {name: _receive(name, inputs[name], received) for name in _FILES & inputs.keys()}
         # predict() checks again; but PyTorch and the weights take seconds to load, and a mistake is told now.
         request = Request(**inputs)
         target = choose_target(output, request)
+        if again and made:
+            _compare(request, made, again)
+        else:
+            open_start(request)
         written = _make_pictures(inputs, made, target)
         code, error = 0, ""
     except Exception as failure:
         code, error = (2 if isinstance(failure, RequestError | ProvenanceError) else 1), _one_line(failure)
         written = []
         print(error, file=sys.stderr)
+    finally:
+        received.close()
     if json_text is not None:
         status = "failed" if error else "succeeded"
         print(json.dumps({"status": status, "output": written, "error": error}, ensure_ascii=False, indent=2))
@@ -62,7 +75,7 @@ def read_inputs(typed: list[str]) -> dict[str, Any]:
     """`name=value` texts as inputs; `name=@file` takes the value from a file.
 
     Where `Request` wants something else than a text, the value is JSON: 512, 7.5, true. What isn't JSON stays
-    a text, for `Request` to refuse.
+    a text, for `Request` to refuse. Where it wants a file, the value is its name, with or without `@`.
 
     Raises:
         RequestError: no `=`, an unknown or repeated name, or a file that can't be read.
@@ -75,6 +88,9 @@ def read_inputs(typed: list[str]) -> dict[str, Any]:
         _check_name(name)
         if name in inputs:
             raise RequestError(f"{name}: is given twice; give it once")
+        if name in _FILES:
+            inputs[name] = value.removeprefix("@")
+            continue
         if value.startswith("@"):
             value = _read_text(name, value[1:])
         inputs[name] = value if _TYPES[name] is str else _parse(value)
@@ -158,6 +174,35 @@ def _make_pictures(inputs: dict[str, Any], made: Parameters | None, target: Path
         written = [_move(picture, target) for picture in predictor.predict(**inputs)]
         predictor.outputs.cleanup()
         return written
+
+
+def _receive(name: str, value: object, received: contextlib.ExitStack) -> object:
+    """The path of a file here, or of one fetched from a URL as Cog's server does, which is removed later."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = CogPath.validate(value)
+        if not isinstance(found, URLPath):
+            return Path(os.path.expanduser(value))
+        fetched = found.convert()
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{name}: can't be fetched ({_one_line(error)}); name another URL or file"
+        ) from None
+    received.callback(fetched.unlink, missing_ok=True)
+    return Path(fetched)
+
+
+def _compare(request: Request, made: Parameters, again: str) -> None:
+    """Tell whether the pictures that a file was made from are there, and the same."""
+    for name, hash in (("image", made.image_hash), ("mask", made.mask_hash)):
+        if hash and not getattr(request, name):
+            raise RequestError(
+                f"{name}: {again} was made from a picture that it doesn't hold; give that with -i {name}=FILE"
+            )
+    start = open_start(request)
+    if start and (start.image_hash, start.mask_hash) != (made.image_hash, made.mask_hash):
+        print("it was made from other pictures than those given: it will look different", file=sys.stderr)
 
 
 def _move(picture: Path, target: Path) -> str:

@@ -12,14 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel
 
 from japanese_stable_diffusion import emphasis, speed
+from japanese_stable_diffusion.images import Start, open_start
 from japanese_stable_diffusion.request import Request, RequestError
-from japanese_stable_diffusion.schedulers import make_scheduler
+from japanese_stable_diffusion.schedulers import make_scheduler, skip_steps
 from japanese_stable_diffusion.tokenizer import MAX_LENGTH
 from japanese_stable_diffusion.weights import Weights
 
@@ -55,11 +57,28 @@ class Picture:
         index: its place in the request, from 0.
         request: that makes this picture alone, with its own seed.
         image: RGB.
+        start: what it was made from, if from a picture.
     """
 
     index: int
     request: Request
     image: Image.Image
+    start: Start | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What in-painting keeps of a picture while the rest is painted: latents of the pictures made together.
+
+    Attributes:
+        clean: latents of the picture, (pictures, channels, height / factor, width / factor).
+        noise: of the same shape; what each picture started from.
+        repainted: True where latents are painted anew, (1, 1, height / factor, width / factor).
+    """
+
+    clean: torch.Tensor
+    noise: torch.Tensor
+    repainted: torch.Tensor
 
 
 @dataclass
@@ -108,9 +127,14 @@ class Pipeline:
             figures: is filled in meanwhile.
 
         Raises:
-            RequestError: not even one picture of this size fits into the memory of the device.
+            RequestError: the picture or mask to start from can't be used, or not even one picture of this
+                size fits into the memory of the device.
         """
         weights, figures, request = self.weights, figures or Figures(), request.with_seed()
+        start = open_start(request)
+        if start:
+            request = replace(request, width=start.picture.width, height=start.picture.height)
+            log.info("size: %d × %d", request.width, request.height)
 
         started = time.perf_counter()
         prompt = self._encode("prompt", request.prompt)
@@ -128,14 +152,29 @@ class Pipeline:
         shape = (weights.unet.config["in_channels"], height // factor, width // factor)
         seeds = request.seeds
         limit = largest_batch(weights.unet, shape)
+        posterior = encode_picture(weights.vae, start.picture, (width, height)) if start else None
+        repainted = cover(start.repainted, shape[1:]) if start and start.repainted else None
         done = 0
         while done < len(seeds):
             batch = seeds[done : done + limit]
             scheduler = make_scheduler(request.scheduler, weights.scheduler_config)
             scheduler.set_timesteps(request.num_inference_steps, device=weights.device)
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in batch]
+            if posterior:
+                latents, kept = enter(scheduler, request, generators, posterior, repainted)
+            else:
+                latents = draw(generators, shape).to(weights.device) * scheduler.init_noise_sigma
+                kept = None
             steps = len(scheduler.timesteps)
             denoising = denoise(
-                weights.unet, scheduler, batch, shape, prompt, negative_prompt, request.guidance_scale
+                weights.unet,
+                scheduler,
+                generators,
+                latents,
+                prompt,
+                negative_prompt,
+                request.guidance_scale,
+                kept,
             )
             try:
                 started = time.perf_counter()
@@ -150,8 +189,10 @@ class Pipeline:
                     image = decode(weights.vae, latents[index : index + 1])
                     if image.size != (request.width, request.height):
                         image = image.resize((request.width, request.height), Image.Resampling.LANCZOS)
+                    if start and start.repainted:
+                        image = Image.composite(image, start.picture, start.repainted)
                     figures.decoding_seconds += time.perf_counter() - started
-                    yield Picture(done, replace(request, seed=seed, num_outputs=1), image)
+                    yield Picture(done, replace(request, seed=seed, num_outputs=1), image, start)
                     done += 1
             except torch.OutOfMemoryError:
                 limit = len(batch) // 2
@@ -228,38 +269,104 @@ def encode(
     return (weighted * ratio).to(embedding.dtype)
 
 
-def denoise(
-    unet: UNet2DConditionModel,
-    scheduler: SchedulerMixin,
-    seeds: Sequence[int],
-    shape: tuple[int, int, int],
-    prompt: torch.Tensor,
-    negative_prompt: torch.Tensor | None,
-    guidance_scale: float,
-) -> Iterator[torch.Tensor]:
-    """Denoise from pure noise and yield the latents after every step: (pictures, *shape), in float32.
+def encode_picture(
+    vae: AutoencoderKL, picture: Image.Image, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents of an RGB picture, resized to `size`, in float32.
+
+    Both are (1, channels, height / factor, width / factor); width and height of `size` are in pixels.
+    """
+    pixels = torch.from_numpy(np.array(picture.resize(size, Image.Resampling.LANCZOS))).permute(2, 0, 1)
+    posterior = vae.encode(pixels[None].to(vae.device, vae.dtype) / 255 * 2 - 1).latent_dist
+    scale = vae.config["scaling_factor"]
+    return posterior.mean * scale, posterior.std * scale
+
+
+def cover(repainted: Image.Image, shape: tuple[int, int]) -> torch.Tensor:
+    """True for every latent with a repainted pixel: (1, 1, *shape), from a mask of any size, 0 or 255."""
+    pixels = torch.from_numpy(np.array(repainted))[None, None].float()
+    return torch.nn.functional.adaptive_max_pool2d(pixels, shape) > 0
+
+
+def draw(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> torch.Tensor:
+    """Normal noise for every picture, (pictures, *shape), on the CPU.
 
     All noise of a picture comes from its own generator on the CPU, so it is the same on every device and in
     every batch.
+    """
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def add_noise(scheduler: SchedulerMixin, clean: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
+    """Latents of pictures, with as much noise as they have when step `step` begins; none after the last.
+
+    Args:
+        scheduler: with its timesteps set.
+        clean: without noise, (pictures, channels, height / factor, width / factor).
+        noise: of the same shape, with unit variance.
+        step: from 0.
+    """
+    timestep = scheduler.timesteps[step : step + 1]
+    return scheduler.add_noise(clean, noise, timestep.repeat(len(clean))) if len(timestep) else clean
+
+
+def enter(
+    scheduler: SchedulerMixin,
+    request: Request,
+    generators: Sequence[torch.Generator],
+    posterior: tuple[torch.Tensor, torch.Tensor],
+    repainted: torch.Tensor | None,
+) -> tuple[torch.Tensor, Kept | None]:
+    """Latents of a picture with as much noise as the strength of a request says, and what is kept of it.
+
+    Args:
+        scheduler: with its timesteps set; those before the noise of these latents are left out.
+        request: whose strength decides the first timestep, as upstream's image-to-image does.
+        generators: one per picture to be made.
+        posterior: what `encode_picture` returns.
+        repainted: what `cover` returns; None to paint everything.
+
+    Returns:
+        Latents, (pictures, channels, height / factor, width / factor); and None if everything is painted.
+    """
+    mean, deviation = posterior
+    shape = (mean.shape[1], mean.shape[2], mean.shape[3])
+    clean = mean + deviation * draw(generators, shape).to(mean.device)
+    noise = draw(generators, shape).to(mean.device)
+    steps = int(request.num_inference_steps * request.prompt_strength)
+    skip_steps(scheduler, request.num_inference_steps - steps)
+    kept = None if repainted is None else Kept(clean, noise, repainted.to(mean.device))
+    return add_noise(scheduler, clean, noise, 0), kept
+
+
+def denoise(
+    unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin,
+    generators: Sequence[torch.Generator],
+    latents: torch.Tensor,
+    prompt: torch.Tensor,
+    negative_prompt: torch.Tensor | None,
+    guidance_scale: float,
+    kept: Kept | None = None,
+) -> Iterator[torch.Tensor]:
+    """Denoise and yield the latents after every step, in float32.
 
     Args:
         unet: predicts the noise.
         scheduler: with its timesteps set.
-        seeds: one per picture.
-        shape: of one picture's latents: (channels, height / factor, width / factor).
+        generators: one per picture, for schedulers that add noise.
+        latents: (pictures, channels, height / factor, width / factor), with the noise of the first timestep.
         prompt: text embedding, (1, 77 × windows, width).
         negative_prompt: text embedding to steer away from, of the same shape; None for no guidance.
         guidance_scale: w + 1 of equation 6 in Ho & Salimans 2022, as Stable Diffusion counts it; not used
             without a negative prompt.
+        kept: what is put back after every step, with the noise that belongs there; None to paint everything.
     """
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    latents = noise.to(unet.device) * scheduler.init_noise_sigma
     embeddings = prompt if negative_prompt is None else torch.cat([negative_prompt, prompt])
-    embeddings = embeddings.repeat_interleave(len(seeds), dim=0)
+    embeddings = embeddings.repeat_interleave(len(latents), dim=0)
     draws_noise = "generator" in inspect.signature(scheduler.step).parameters
     step_options = {"generator": generators} if draws_noise else {}
-    for timestep in scheduler.timesteps:
+    for step, timestep in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(latents, timestep).to(unet.dtype)
         if negative_prompt is None:
             predicted = unet(model_input, timestep, embeddings).sample.float()
@@ -267,6 +374,9 @@ def denoise(
             away, towards = unet(torch.cat([model_input] * 2), timestep, embeddings).sample.float().chunk(2)
             predicted = away + guidance_scale * (towards - away)
         latents = scheduler.step(predicted, timestep, latents, **step_options).prev_sample
+        if kept:
+            renoised = add_noise(scheduler, kept.clean, kept.noise, step + 1)
+            latents = torch.where(kept.repainted, latents, renoised)
         yield latents
 
 

@@ -3,6 +3,7 @@
 import ast
 import ctypes
 import dataclasses
+import hashlib
 import logging
 import math
 import operator
@@ -65,7 +66,13 @@ def test_inputs_are_the_fields_of_a_request_in_the_same_order(arguments):
 
 
 def test_types_are_those_of_a_request(arguments):
-    written = {"str": str, "int": int, "float": float, "Optional[int]": int | None}
+    written = {
+        "str": str,
+        "int": int,
+        "float": float,
+        "Optional[int]": int | None,
+        "Optional[Path]": Path | None,
+    }
     hints = typing.get_type_hints(Request)
     assert {name: written[annotation] for name, (annotation, _, _) in arguments.items()} == hints
 
@@ -98,6 +105,9 @@ def test_limits_are_those_of_a_request(arguments):
         "guidance_scale": between(limits.GUIDANCE_SCALE),
         "scheduler": {"choices": list(limits.SCHEDULERS)},
         "seed": between(limits.SEEDS),
+        "image": {},
+        "prompt_strength": between(limits.PROMPT_STRENGTH),
+        "mask": {},
         "output_format": {"choices": list(limits.OUTPUT_FORMATS)},
         "output_quality": between(limits.OUTPUT_QUALITY),
     }
@@ -154,6 +164,48 @@ def test_pictures_come_in_the_format_and_quality_asked_for(predictor, output_for
         assert read_parameters(path).request == Request(**asked)
         sizes.append(path.stat().st_size)
     assert sizes == sorted(set(sizes))
+
+
+PHOTOGRAPH = Image.radial_gradient("L").convert("RGB").rotate(30, fillcolor="orange")
+FORMATS = {
+    "PNG": {},
+    "JPEG": {"quality": 60},
+    "WEBP": {"quality": 60},
+    "GIF": {},
+    "BMP": {},
+    "TIFF": {"compression": "tiff_lzw"},
+    "AVIF": {"speed": 10},
+}
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_what_a_mask_keeps_is_in_the_file_to_the_pixel(predictor, file_format, tmp_path):
+    image, mask = tmp_path / "image", tmp_path / "mask"
+    PHOTOGRAPH.save(image, file_format, **FORMATS[file_format])
+    repainted = Image.new("L", PHOTOGRAPH.size)
+    repainted.paste(255, (64, 64, 256, 256))
+    repainted.save(mask, file_format, **FORMATS[file_format])
+    [path] = predictor.predict(
+        image=image, mask=mask, prompt_strength=1, width=256, height=256, num_inference_steps=2, seed=1
+    )
+    sent = np.asarray(Image.open(image).convert("RGB"))
+    made = np.asarray(Image.open(path))
+    kept = np.asarray(repainted) == 0
+    assert np.array_equal(made[kept], sent[kept])
+    assert (made[~kept] != sent[~kept]).any(axis=1).mean() > 0.9
+
+
+def test_a_picture_is_made_from_a_picture_at_its_size(predictor, tmp_path, log):
+    image = tmp_path / "image.png"
+    PHOTOGRAPH.resize((130, 70)).save(image)
+    [path] = predictor.predict(image=image, num_inference_steps=2, seed=1)
+    assert Image.open(path).size == (128, 64)
+    assert "size: 128 × 64" in log.messages
+    parameters = read_parameters(path)
+    assert (parameters.request.width, parameters.request.height) == (128, 64)
+    assert parameters.image_hash == hashlib.sha256(image.read_bytes()).hexdigest()[:16]
+    [again] = predictor.predict(**{**dataclasses.asdict(parameters.request), "image": image})
+    assert np.array_equal(Image.open(path), Image.open(again))
 
 
 def test_the_parameters_in_a_file_make_its_picture_again(predictor):
@@ -274,6 +326,8 @@ def test_figures_are_reported_as_metrics(tiny_weights, monkeypatch):
         ({"width": 1024, "height": 1024}, "width, height: "),
         ({"guidance_scale": math.nan}, "guidance_scale: nan"),
         ({"scheduler": "DDPM"}, "scheduler: 'DDPM'"),
+        ({"image": "photo.png"}, "image: 'photo.png' is not a file that was sent"),
+        ({"image": Path(__file__)}, "image: is not a picture that can be read"),
     ],
 )
 def test_what_cog_lets_through_is_refused_and_the_next_prediction_works(predictor, inputs, told):
