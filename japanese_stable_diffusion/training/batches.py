@@ -25,11 +25,16 @@ ENCODED_TOGETHER = 64
 BASE_STYLES = frozenset(style.name for style in STYLES if style.in_base)
 
 
-def takes_part(about: dict[str, Any], only_styles_of_base: bool) -> bool:
-    """Whether a sample is trained on: compositions that the report tests are left out of every stage."""
+def takes_part(
+    about: dict[str, Any], only_styles_of_base: bool, concepts: frozenset[str] = frozenset()
+) -> bool:
+    """Whether a sample is trained on: compositions that the report tests are left out of every stage.
+
+    ``concepts`` are the only ones that take part, unless there are none.
+    """
     if "concept" not in about:
         return True
-    if left_out(about["concept"], about["style"]):
+    if left_out(about["concept"], about["style"]) or (concepts and about["concept"] not in concepts):
         return False
     return about["style"] in BASE_STYLES or not only_styles_of_base
 
@@ -64,6 +69,7 @@ class Draws(Dataset[dict[str, Any]]):
         moments: npt.NDArray[np.float16] | None,
         crop: int = 0,
         partners: bool = False,
+        concepts: frozenset[str] = frozenset(),
     ) -> None:
         self.shards = shards
         self.language = language
@@ -77,7 +83,7 @@ class Draws(Dataset[dict[str, Any]]):
             [
                 index
                 for index, about in enumerate(shards.about)
-                if about[language] and takes_part(about, only_styles_of_base)
+                if about[language] and takes_part(about, only_styles_of_base, concepts)
             ],
             np.int64,
         )

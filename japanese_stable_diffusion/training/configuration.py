@@ -23,11 +23,12 @@ class Stage:
     ``start`` says for each model which earlier stage, or which weights folder (it has a slash), it comes
     from ("" for the configuration's own random start). ``train`` names the models whose weights move.
     ``stop`` ends the stage before ``steps``, over which the learning rate decays (0: it runs to its end).
+    ``concepts`` names a file of this folder with the only concepts to train on ("": all of the data).
     ``crop`` trains an autoencoder on squares of so many pixels cut out at random (0: whole pictures).
     """
 
     name: str
-    objective: Literal["autoencoding", "wording", "denoising"]
+    objective: Literal["autoencoding", "wording", "picturing", "denoising"]
     train: tuple[str, ...]
     start: dict[str, str]
     steps: int
@@ -37,6 +38,7 @@ class Stage:
     warmup_steps: int
     language: Literal["ja", "en"] = "ja"
     only_styles_of_base: bool = False
+    concepts: str = ""
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
@@ -82,6 +84,17 @@ class Configuration:
             if stage.name == name:
                 return stage
         raise ConfigurationError(f"stage {name}: {self.name} has {', '.join(s.name for s in self.stages)}")
+
+
+def read_concept_names(name: str) -> frozenset[str]:
+    """The concepts that a file of this folder lists; none if it has no name. Raises ConfigurationError."""
+    if not name:
+        return frozenset()
+    try:
+        lines = (HERE / name).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ConfigurationError(f"{HERE / name}: not found; it should list concepts") from None
+    return frozenset(word for line in lines if not line.startswith("#") for word in line.split())
 
 
 def read_configuration(name: str) -> Configuration:

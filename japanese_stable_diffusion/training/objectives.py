@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -65,6 +66,26 @@ class Wording(nn.Module):
         right = torch.arange(len(ids), device=ids.device)
         loss = functional.cross_entropy(likeness, right) + functional.cross_entropy(likeness.T, right)
         return {"loss": loss / 2, "found": (likeness.argmax(1) == right).float().mean()}
+
+
+class Picturing(nn.Module):
+    """Guess a picture's latents from its caption alone: their mean over all pictures that it may be of.
+
+    That is what a denoiser has to say where there is nothing but noise. Linear in the mean of all positions,
+    so that captions of pictures that look alike come to lie near each other, as in CLIP's text encoder: a
+    denoiser learns what directions mean far sooner than what each of many unrelated captions does.
+    """
+
+    def __init__(self, text_encoder: CLIPTextModel, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.guess = nn.Linear(text_encoder.config.hidden_size, math.prod(shape))
+
+    def forward(self, latents: Tensor, ids: Tensor) -> Losses:
+        """Scaled ``latents`` (batch, channels, height, width) and ``ids`` (batch, 77)."""
+        hidden = self.text_encoder(ids).last_hidden_state.float()
+        error = (self.guess(hidden.mean(dim=1)) - latents.flatten(1)).pow(2).mean()
+        return {"loss": error}
 
 
 class Denoising(nn.Module):

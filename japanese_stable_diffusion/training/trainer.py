@@ -29,10 +29,10 @@ from japanese_stable_diffusion.tokenizer import Tokenizer
 from japanese_stable_diffusion.weights import Manifest, Weights
 
 from .batches import Draws, Steps, cached_moments, fingerprint, loader, noise_for, to_tensor
-from .configuration import Configuration, ConfigurationError, Stage
+from .configuration import Configuration, ConfigurationError, Stage, read_concept_names
 from .evaluation import Ask, Settings, generate, through_autoencoder
 from .export import save_models
-from .objectives import Autoencoding, Denoising, Wording
+from .objectives import Autoencoding, Denoising, Picturing, Wording
 from .shards import Shards
 from .styles import Pixels
 from .tokenizer import train_tokenizer
@@ -101,6 +101,10 @@ def _objective(configuration: Configuration, stage: Stage, models: Models) -> nn
         return Autoencoding(models["vae"], stage.kl_weight)
     if stage.objective == "wording":
         return Wording(models["text_encoder"])
+    if stage.objective == "picturing":
+        vae = models["vae"].config
+        side = configuration.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
+        return Picturing(models["text_encoder"], (vae["latent_channels"], side, side))
     return Denoising(models["unet"], models["text_encoder"], configuration.scheduler, stage.weight_limit)
 
 
@@ -175,7 +179,7 @@ def train(
         def encode(text: str) -> list[int]:
             return words(text).ids
 
-    if stage.objective == "denoising":
+    if stage.objective in ("picturing", "denoising"):
         models["vae"].to(accelerator.device).requires_grad_(False).eval()
         if stage.cache_latents:
             origin = origin_folder(stage.start["vae"], runs) / "vae" / "diffusion_pytorch_model.safetensors"
@@ -209,6 +213,7 @@ def train(
         moments,
         stage.crop,
         partners=stage.objective == "wording",
+        concepts=read_concept_names(stage.concepts),
     )
     rank, processes = accelerator.process_index, accelerator.num_processes
     order = Steps(step, stage.last_step, stage.batch_size, stage.micro_batch_size, rank, processes)
@@ -235,7 +240,16 @@ def train(
             item = next(micro_batches)
             positions = range(first, first + stage.micro_batch_size)
             with accelerator.accumulate(objective):
-                losses = _losses(objective, models, item, positions, configuration.seed, scaling, timesteps)
+                losses = _losses(
+                    objective,
+                    models,
+                    item,
+                    positions,
+                    configuration.seed,
+                    scaling,
+                    timesteps,
+                    stage.objective == "picturing",
+                )
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(trained, stage.gradient_clip)
@@ -259,7 +273,11 @@ def train(
             writer.add_scalar("learning_rate", rate, step)
         if step % stage.checkpoint_steps == 0 or step == stage.last_step:
             _checkpoint(accelerator, checkpoints, step)
-        if writer and "vae" in models and (step % stage.picture_steps == 0 or step == stage.last_step):
+        if (
+            writer
+            and stage.objective in ("autoencoding", "denoising")
+            and (step % stage.picture_steps == 0 or step == stage.last_step)
+        ):
             ema.store(trained)
             ema.copy_to(trained)
             writer.add_images(
@@ -289,6 +307,7 @@ def _losses(
     seed: int,
     scaling: float,
     timesteps: int,
+    picturing: bool,
 ) -> dict[str, Tensor]:
     device = next(objective.parameters()).device
     if "partner_ids" in item:
@@ -312,6 +331,9 @@ def _losses(
         t.to(device) for t in noise_for(seed, positions, tuple(mean.shape[1:]), timesteps)
     )
     latents = (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior) * scaling
+    if picturing:
+        pictured: dict[str, Tensor] = objective(latents, item["ids"].to(device))
+        return pictured
     denoised: dict[str, Tensor] = objective(latents, noise, steps, item["ids"].to(device))
     return denoised
 

@@ -29,9 +29,11 @@ from japanese_stable_diffusion.training.batches import (
 from japanese_stable_diffusion.training.configuration import (
     ConfigurationError,
     Stage,
+    read_concept_names,
     read_configuration,
 )
 from japanese_stable_diffusion.training.demo import needed_stages
+from japanese_stable_diffusion.training.emoji import HERE
 from japanese_stable_diffusion.training.export import publish
 from japanese_stable_diffusion.training.objectives import Denoising
 from japanese_stable_diffusion.training.samples import Sample
@@ -85,6 +87,21 @@ def test_captions_find_their_partners(runs: Path) -> None:
     curve = losses(runs / "words")
     assert curve[-1] < 0.9 * curve[0]
     assert not (runs / "words" / "weights" / "unet").exists()
+
+
+def test_captions_tell_what_their_pictures_look_like(runs: Path) -> None:
+    curve = losses(runs / "pictured")
+    assert np.mean(curve[-3:]) < np.mean(curve[:3])
+    weights = runs / "pictured" / "weights"
+    assert not same(tensors(runs / "words" / "weights", "text_encoder"), tensors(weights, "text_encoder"))
+    assert same(tensors(runs / "autoencoder" / "weights", "vae"), tensors(weights, "vae"))
+
+
+def test_a_stage_may_keep_to_some_concepts(drawn: Shards) -> None:
+    concepts = frozenset({"🍣"})
+    draws = Draws(drawn, "ja", 7, False, None, 0, None, concepts=concepts)
+    assert {drawn.about[index]["concept"] for index in draws.members} == concepts
+    assert len(Draws(drawn, "ja", 7, False, None, 0, None).members) > len(draws.members)
 
 
 def test_two_captions_of_one_picture_are_partners(drawn: Shards) -> None:
@@ -274,6 +291,12 @@ def test_configurations_are_whole(name: str) -> None:
         assert all(o in configuration.models for o, origin in stage.start.items() if not origin)
 
 
+def test_listed_concepts_are_taught() -> None:
+    taught = {line.split()[0] for line in (HERE / "concepts.txt").read_text().splitlines() if line.strip()}
+    assert read_concept_names("common.txt") <= taught
+    assert not read_concept_names("")
+
+
 def test_needed_stages_come_in_order() -> None:
     configuration = read_configuration("demo")
     needed = ["autoencoder", "words", "base", "words_ja", "stage1", "stage2"]
@@ -284,6 +307,8 @@ def test_errors_are_told_in_a_line(drawn_folder: Path, tmp_path: Path) -> None:
     configuration = read_configuration(str(TINY))
     with pytest.raises(ConfigurationError, match="stage3: tiny has autoencoder, words, base, stage1, stage2"):
         configuration.stage("stage3")
+    with pytest.raises(ConfigurationError, match="nothing: not found"):
+        read_concept_names("nothing")
     with pytest.raises(ConfigurationError, match="there are demo, full"):
         read_configuration("nothing")
     with pytest.raises(ConfigurationError, match="starts from autoencoder"):
