@@ -125,6 +125,28 @@ class Predictor(BasePredictor):
             ge=0,
             le=100,
         ),
+        variation_seed: Optional[int] = Input(
+            description="variation_strengthで混ぜる、もう一つの乱数の種。空ならランダム。 / A second random seed, which variation_strength blends in. Leave empty for a random one.",
+            default=None,
+            ge=0,
+            le=4294967295,
+        ),
+        variation_strength: float = Input(
+            description="variation_seedの画像に近づける割合。0.1なら少しだけ違う画像、1なら別の画像になる。 / How far to go towards the picture of variation_seed: 0.1 is a slight variation, 1 another picture.",
+            default=0,
+            ge=0,
+            le=1,
+        ),
+        lora: Optional[Path] = Input(
+            description="この予測だけに使うLoRA（safetensors）。 / A LoRA (safetensors) for this prediction only.",
+            default=None,
+        ),
+        lora_scale: float = Input(
+            description="LoRAの効き具合。1が学習どおり、0なら効かない。 / How strongly to apply the LoRA; 1 is as trained, 0 not at all.",
+            default=1,
+            ge=0,
+            le=5,
+        ),
     ) -> List[Path]:
         """Make the pictures; picture i is the one that seed + i makes alone. They stay until the next call."""
         given = {name: value for name, value in locals().items() if name != "self"}
@@ -134,6 +156,8 @@ class Predictor(BasePredictor):
         }
         request = Request(**inputs).with_seed()
         log.info("seed: %d", request.seed)
+        if request.variation_strength:
+            log.info("variation_seed: %d", request.variation_seed)
         manifest = self.pipeline.weights.manifest
         figures = Figures()
         # By the time that Cog asks for the next prediction, it has delivered the files of the last.
@@ -146,7 +170,9 @@ class Predictor(BasePredictor):
                     if self.checker and is_flagged(event.image, self.checker):
                         continue
                     path = Path(self.outputs.name) / f"output.{event.index}.{request.output_format}"
-                    parameters = Parameters(event.request, manifest.name, manifest.version)
+                    parameters = Parameters(
+                        event.request, manifest.name, manifest.version, lora_hash=event.lora_hash
+                    )
                     write_image(event.image, path, parameters, event.start)
                     paths.append(Path(path))
                 else:

@@ -13,7 +13,7 @@ from cog.types import Path as CogPath
 from cog.types import URLPath
 
 from japanese_stable_diffusion.images import open_start
-from japanese_stable_diffusion.provenance import Parameters, ProvenanceError, read_parameters
+from japanese_stable_diffusion.provenance import Parameters, ProvenanceError, hash_file, read_parameters
 from japanese_stable_diffusion.request import Request, RequestError
 
 _TYPES = get_type_hints(Request)
@@ -194,7 +194,7 @@ def _receive(name: str, value: object, received: contextlib.ExitStack) -> object
 
 
 def _compare(request: Request, made: Parameters, again: str) -> None:
-    """Tell whether the pictures that a file was made from are there, and the same."""
+    """Tell whether the pictures and the LoRA that a file was made from are there, and the same."""
     for name, hash in (("image", made.image_hash), ("mask", made.mask_hash)):
         if hash and not getattr(request, name):
             raise RequestError(
@@ -203,6 +203,15 @@ def _compare(request: Request, made: Parameters, again: str) -> None:
     start = open_start(request)
     if start and (start.image_hash, start.mask_hash) != (made.image_hash, made.mask_hash):
         print("it was made from other pictures than those given: it will look different", file=sys.stderr)
+    if not made.lora_hash:
+        return
+    if request.lora is None:
+        raise RequestError(
+            f"lora: {again} was made with a LoRA that it doesn't hold; give that with -i lora=FILE"
+        )
+    with contextlib.suppress(OSError):  # of which the LoRA's own reader tells
+        if hash_file(request.lora) != made.lora_hash:
+            print("it was made with another LoRA than the one given: it will look different", file=sys.stderr)
 
 
 def _move(picture: Path, target: Path) -> str:

@@ -20,6 +20,7 @@ from transformers import CLIPTextModel
 
 from japanese_stable_diffusion import emphasis, speed
 from japanese_stable_diffusion.images import Start, open_start
+from japanese_stable_diffusion.lora import LoRA
 from japanese_stable_diffusion.request import Request, RequestError
 from japanese_stable_diffusion.schedulers import make_scheduler, skip_steps
 from japanese_stable_diffusion.tokenizer import MAX_LENGTH
@@ -58,12 +59,14 @@ class Picture:
         request: that makes this picture alone, with its own seed.
         image: RGB.
         start: what it was made from, if from a picture.
+        lora_hash: of the LoRA that it was made with; empty if it was made with none.
     """
 
     index: int
     request: Request
     image: Image.Image
     start: Start | None = None
+    lora_hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,9 @@ class Pipeline:
 
     @cached_property
     def _no_prompt(self) -> torch.Tensor:
+        return self._encode_empty()
+
+    def _encode_empty(self) -> torch.Tensor:
         return encode(self.weights.tokenizer("").ids, self.weights.text_encoder)
 
     @torch.inference_mode()
@@ -127,8 +133,8 @@ class Pipeline:
             figures: is filled in meanwhile.
 
         Raises:
-            RequestError: the picture or mask to start from can't be used, or not even one picture of this
-                size fits into the memory of the device.
+            RequestError: the picture or mask to start from or the LoRA can't be used, or not even one picture
+                of this size fits into the memory of the device.
         """
         weights, figures, request = self.weights, figures or Figures(), request.with_seed()
         start = open_start(request)
@@ -136,14 +142,14 @@ class Pipeline:
             request = replace(request, width=start.picture.width, height=start.picture.height)
             log.info("size: %d × %d", request.width, request.height)
 
+        lora = LoRA(request.lora, request.lora_scale, weights) if request.lora else None
+
         started = time.perf_counter()
-        prompt = self._encode("prompt", request.prompt)
-        guided = request.guidance_scale > 1
-        negative_prompt = None
-        if guided:
-            negative_prompt = self._encode("negative_prompt", request.negative_prompt)
-            length = max(prompt.shape[1], negative_prompt.shape[1])
-            prompt, negative_prompt = self._extend(prompt, length), self._extend(negative_prompt, length)
+        if lora:
+            with lora:
+                prompt, negative_prompt = self._encode(request, self._encode_empty())
+        else:
+            prompt, negative_prompt = self._encode(request, self._no_prompt)
         speed.synchronize(weights.device)
         figures.text_seconds = time.perf_counter() - started
 
@@ -160,10 +166,11 @@ class Pipeline:
             scheduler = make_scheduler(request.scheduler, weights.scheduler_config)
             scheduler.set_timesteps(request.num_inference_steps, device=weights.device)
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in batch]
+            alone = [request.alone(i) for i in range(done, done + len(batch))]
             if posterior:
-                latents, kept = enter(scheduler, request, generators, posterior, repainted)
+                latents, kept = enter(scheduler, alone, generators, posterior, repainted)
             else:
-                latents = draw(generators, shape).to(weights.device) * scheduler.init_noise_sigma
+                latents = draw_start(alone, generators, shape).to(weights.device) * scheduler.init_noise_sigma
                 kept = None
             steps = len(scheduler.timesteps)
             denoising = denoise(
@@ -176,6 +183,8 @@ class Pipeline:
                 request.guidance_scale,
                 kept,
             )
+            if lora:
+                denoising = lora.during(denoising)
             try:
                 started = time.perf_counter()
                 for index, latents in enumerate(denoising, start=1):
@@ -184,7 +193,7 @@ class Pipeline:
                     figures.unet_evaluations += 1
                     yield Step(done * steps + index * len(batch), len(seeds) * steps, latents)
                     started = time.perf_counter()
-                for index, seed in enumerate(batch):
+                for index, picture in enumerate(alone):
                     started = time.perf_counter()
                     image = decode(weights.vae, latents[index : index + 1])
                     if image.size != (request.width, request.height):
@@ -192,7 +201,7 @@ class Pipeline:
                     if start and start.repainted:
                         image = Image.composite(image, start.picture, start.repainted)
                     figures.decoding_seconds += time.perf_counter() - started
-                    yield Picture(done, replace(request, seed=seed, num_outputs=1), image, start)
+                    yield Picture(done, picture, image, start, lora.hash if lora else "")
                     done += 1
             except torch.OutOfMemoryError:
                 limit = len(batch) // 2
@@ -204,19 +213,23 @@ class Pipeline:
                 log.info("%d pictures at once do not fit into memory: making %d at once", len(batch), limit)
             speed.free_memory(weights.device)
 
-    def _encode(self, name: str, text: str) -> torch.Tensor:
+    def _encode(self, request: Request, no_prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings of both prompts, equally many windows long; the negative one only where it guides."""
+        prompt = self._encode_text("prompt", request.prompt, no_prompt)
+        if request.guidance_scale <= 1:
+            return prompt, None
+        negative_prompt = self._encode_text("negative_prompt", request.negative_prompt, no_prompt)
+        length = max(prompt.shape[1], negative_prompt.shape[1])
+        return extend(prompt, no_prompt, length), extend(negative_prompt, no_prompt, length)
+
+    def _encode_text(self, name: str, text: str, no_prompt: torch.Tensor) -> torch.Tensor:
         if not text:
-            return self._no_prompt
+            return no_prompt
         windows = self.weights.tokenizer.windows(emphasis.parse(text))
         if len(windows) > 1:
             log.info("%s: is encoded in %d windows of %d tokens", name, len(windows), MAX_LENGTH)
         encoded = [encode(window.ids, self.weights.text_encoder, window.weights) for window in windows]
         return torch.cat(encoded, dim=1)
-
-    def _extend(self, embedding: torch.Tensor, length: int) -> torch.Tensor:
-        """The embedding followed by windows of the empty prompt, until it is so many tokens long."""
-        missing = (length - embedding.shape[1]) // MAX_LENGTH
-        return torch.cat([embedding] + [self._no_prompt] * missing, dim=1)
 
 
 def vae_factor(vae: AutoencoderKL) -> int:
@@ -269,6 +282,12 @@ def encode(
     return (weighted * ratio).to(embedding.dtype)
 
 
+def extend(embedding: torch.Tensor, no_prompt: torch.Tensor, length: int) -> torch.Tensor:
+    """A text embedding followed by windows of the empty prompt, until it is `length` tokens long."""
+    missing = (length - embedding.shape[1]) // MAX_LENGTH
+    return torch.cat([embedding] + [no_prompt] * missing, dim=1)
+
+
 def encode_picture(
     vae: AutoencoderKL, picture: Image.Image, size: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,6 +316,37 @@ def draw(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> 
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
+def draw_start(
+    alone: Sequence[Request], generators: Sequence[torch.Generator], shape: tuple[int, int, int]
+) -> torch.Tensor:
+    """The noise that every picture starts from, (pictures, *shape), on the CPU.
+
+    Args:
+        alone: for each picture the request that makes it alone; its variation is blended in.
+        generators: one per picture, from which `draw` takes the noise of its seed.
+        shape: (channels, height / factor, width / factor).
+    """
+    noise = draw(generators, shape)
+    strength = alone[0].variation_strength
+    if not strength:
+        return noise
+    variations = [torch.Generator("cpu").manual_seed(request.variation_seed or 0) for request in alone]
+    return slerp(noise, draw(variations, shape), strength)
+
+
+def slerp(one: torch.Tensor, other: torch.Tensor, strength: float) -> torch.Tensor:
+    """Spherical interpolation between the noises of pictures, both (pictures, ...) (Shoemake 1985).
+
+    What is between two normal noises on a straight line has less variance than either; on this arc it has as
+    much. At strength 0 it is `one`, at 1 `other`.
+    """
+    flat, other_flat = one.flatten(1), other.flatten(1)
+    angle = torch.nn.functional.cosine_similarity(flat, other_flat).clamp(-1, 1).arccos()[:, None]
+    arc = (flat * ((1 - strength) * angle).sin() + other_flat * (strength * angle).sin()) / angle.sin()
+    # Of a noise and itself the angle is 0.
+    return torch.where(angle > 1e-3, arc, flat).reshape(one.shape)
+
+
 def add_noise(scheduler: SchedulerMixin, clean: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
     """Latents of pictures, with as much noise as they have when step `step` begins; none after the last.
 
@@ -312,7 +362,7 @@ def add_noise(scheduler: SchedulerMixin, clean: torch.Tensor, noise: torch.Tenso
 
 def enter(
     scheduler: SchedulerMixin,
-    request: Request,
+    alone: Sequence[Request],
     generators: Sequence[torch.Generator],
     posterior: tuple[torch.Tensor, torch.Tensor],
     repainted: torch.Tensor | None,
@@ -321,7 +371,8 @@ def enter(
 
     Args:
         scheduler: with its timesteps set; those before the noise of these latents are left out.
-        request: whose strength decides the first timestep, as upstream's image-to-image does.
+        alone: for each picture the request that makes it alone; their strength decides the first timestep, as
+            upstream's image-to-image does.
         generators: one per picture to be made.
         posterior: what `encode_picture` returns.
         repainted: what `cover` returns; None to paint everything.
@@ -332,9 +383,9 @@ def enter(
     mean, deviation = posterior
     shape = (mean.shape[1], mean.shape[2], mean.shape[3])
     clean = mean + deviation * draw(generators, shape).to(mean.device)
-    noise = draw(generators, shape).to(mean.device)
-    steps = int(request.num_inference_steps * request.prompt_strength)
-    skip_steps(scheduler, request.num_inference_steps - steps)
+    noise = draw_start(alone, generators, shape).to(mean.device)
+    steps = int(alone[0].num_inference_steps * alone[0].prompt_strength)
+    skip_steps(scheduler, alone[0].num_inference_steps - steps)
     kept = None if repainted is None else Kept(clean, noise, repainted.to(mean.device))
     return add_noise(scheduler, clean, noise, 0), kept
 

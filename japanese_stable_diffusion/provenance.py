@@ -5,6 +5,7 @@ the prompt, the negative prompt if there is one, and a line of settings. PNG fil
 `parameters`, JPEG and WebP files as the EXIF tag UserComment.
 """
 
+import hashlib
 import json
 import re
 import warnings
@@ -50,6 +51,7 @@ class Parameters:
         image_hash: of the picture file that it was made from, the first 16 hexadecimal digits of its SHA-256;
             empty if it was made from none.
         mask_hash: likewise of the mask file.
+        lora_hash: likewise of the LoRA file.
     """
 
     request: Request
@@ -57,6 +59,7 @@ class Parameters:
     weights_version: str
     image_hash: str = ""
     mask_hash: str = ""
+    lora_hash: str = ""
 
     def __str__(self) -> str:
         request = self.request
@@ -75,6 +78,12 @@ class Parameters:
             settings["Init image hash"] = self.image_hash
         if self.mask_hash:
             settings["Mask hash"] = self.mask_hash
+        if request.variation_strength:
+            settings["Variation seed"] = request.variation_seed
+            settings["Variation seed strength"] = request.variation_strength
+        if self.lora_hash:
+            settings["Lora hash"] = self.lora_hash
+            settings["Lora scale"] = request.lora_scale
         if request.output_format != "png":
             settings["Output format"] = request.output_format
             settings["Output quality"] = request.output_quality
@@ -127,7 +136,14 @@ def parse(text: str) -> Parameters:
         settings.get("Model version", ""),
         settings.get("Init image hash", ""),
         settings.get("Mask hash", ""),
+        settings.get("Lora hash", ""),
     )
+
+
+def hash_file(file: Path) -> str:
+    """By which a file is known again: the first 16 hexadecimal digits of its SHA-256."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def save_options(file_format: str, parameters: Parameters) -> dict[str, Any]:
@@ -214,6 +230,11 @@ def _optional(settings: dict[str, str]) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     if "Init image hash" in settings:
         inputs["prompt_strength"] = _number("Denoising strength", settings, float)
+    if "Variation seed strength" in settings:
+        inputs["variation_seed"] = _number("Variation seed", settings, int)
+        inputs["variation_strength"] = _number("Variation seed strength", settings, float)
+    if "Lora hash" in settings:
+        inputs["lora_scale"] = _number("Lora scale", settings, float)
     if "Output format" in settings:
         inputs["output_format"] = settings["Output format"]
         inputs["output_quality"] = _number("Output quality", settings, int)

@@ -18,6 +18,10 @@ SIDES = tuple(range(64, 1024 + 1, 64))
 """Allowed widths and heights, in pixels."""
 PIXELS = 786_432
 """Most pixels in one picture: 1024 × 768."""
+LORA_BYTES = 1_000_000_000
+"""Most bytes of a LoRA file; one of rank 128 for all layers of Stable Diffusion v1 has a third of it."""
+LORA_SCALE = (0.0, 5.0)
+VARIATION_STRENGTH = (0.0, 1.0)
 NUM_OUTPUTS = (1, 8)
 NUM_INFERENCE_STEPS = (1, 500)
 GUIDANCE_SCALE = (1.0, 20.0)
@@ -63,6 +67,10 @@ class Request:
     mask: Path | None = None
     output_format: str = "png"
     output_quality: int = 90
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
+    lora: Path | None = None
+    lora_scale: float = 1.0
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -87,6 +95,11 @@ class Request:
             raise RequestError("mask: is given without a picture to paint into; give image too")
         _check_choice("output_format", self.output_format, OUTPUT_FORMATS)
         _check_integer("output_quality", self.output_quality, *OUTPUT_QUALITY)
+        if self.variation_seed is not None:
+            _check_integer("variation_seed", self.variation_seed, *SEEDS)
+        _check_number("variation_strength", self.variation_strength, *VARIATION_STRENGTH)
+        _check_file("lora", self.lora)
+        _check_number("lora_scale", self.lora_scale, *LORA_SCALE)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -97,11 +110,29 @@ class Request:
         """
         if self.seed is None:
             raise ValueError("the request has no seed yet")
-        return tuple((self.seed + i) % (SEEDS[1] + 1) for i in range(self.num_outputs))
+        return tuple(_add(self.seed, i) for i in range(self.num_outputs))
 
     def with_seed(self) -> "Request":
-        """The same request, with a seed drawn at random if it had none."""
-        return self if self.seed is not None else replace(self, seed=secrets.randbelow(SEEDS[1] + 1))
+        """The same request, with seeds drawn at random where it had none and needs one."""
+        request = self
+        if request.seed is None:
+            request = replace(request, seed=secrets.randbelow(SEEDS[1] + 1))
+        if request.variation_seed is None and request.variation_strength:
+            request = replace(request, variation_seed=secrets.randbelow(SEEDS[1] + 1))
+        return request
+
+    def alone(self, i: int) -> "Request":
+        """The request that makes picture i, from 0, by itself: `seed + i` and `variation_seed + i` mod 2³².
+
+        Raises:
+            ValueError: no seed has been drawn yet, see `with_seed`.
+        """
+        variation_seed = None if self.variation_seed is None else _add(self.variation_seed, i)
+        return replace(self, seed=self.seeds[i], variation_seed=variation_seed, num_outputs=1)
+
+
+def _add(seed: int, i: int) -> int:
+    return (seed + i) % (SEEDS[1] + 1)
 
 
 def _show(value: object) -> str:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -12,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from japanese_stable_diffusion.command import choose_target, predict, read_inputs, read_json
 from japanese_stable_diffusion.request import Request, RequestError
+from japanese_stable_diffusion.weights import Weights
 
 SMALL = ["width=64", "height=128", "num_inference_steps=1"]
 
@@ -287,3 +291,39 @@ def test_a_wrong_input_is_told_before_pytorch_is_loaded() -> None:
 def largest_difference(one: str, other: str) -> int:
     pictures = (np.asarray(Image.open(file), dtype=int) for file in (one, other))
     return int(abs(np.subtract(*pictures)).max())
+
+
+def test_a_picture_made_with_a_lora_and_a_variation_is_made_again(
+    folder: Path, weights: Weights, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "japanese_stable_diffusion")
+    for name, factor in (("style.safetensors", 1.0), ("other.safetensors", 2.0)):
+        generator = torch.Generator().manual_seed(0)
+        tensors = {
+            f"lora_unet_{layer.replace('.', '_')}.lora_{kind}.weight": factor
+            * torch.randn(shape, generator=generator)
+            for layer, module in weights.unet.named_modules()
+            if isinstance(module, torch.nn.Linear)
+            for kind, shape in (("down", (2, module.in_features)), ("up", (module.out_features, 2)))
+        }
+        save_file(tensors, name)
+    typed = [*SMALL, "seed=5", "lora=style.safetensors", "lora_scale=0.5", "variation_strength=0.5"]
+    assert predict(typed, output="styled.png") == 0
+    assert any(message.startswith("variation_seed: ") for message in caplog.messages)
+    assert predict([*SMALL, "seed=5"], output="plain.png") == 0
+    assert largest_difference("styled.png", "plain.png") > 5
+
+    assert predict(["lora=style.safetensors"], output="again.png", again="styled.png") == 0
+    assert largest_difference("styled.png", "again.png") == 0
+    assert "another LoRA" not in capsys.readouterr().err
+    assert predict(["lora=other.safetensors"], output="again.png", again="styled.png") == 0
+    assert "it was made with another LoRA than the one given" in capsys.readouterr().err
+    assert largest_difference("styled.png", "again.png") > 5
+
+    for missing, told in (
+        ([], "lora: styled.png was made with a LoRA that it doesn't hold; give that with -i lora=FILE"),
+        (["lora=nowhere"], "lora: can't be read (No such file or directory)"),
+        (["lora=styled.png"], "lora: is not a safetensors file"),
+    ):
+        assert predict(missing, output="again.png", again="styled.png") == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(told)

@@ -79,6 +79,29 @@ def components() -> dict[str, Any]:
             "output_quality",
             {"title": "Output Quality", "type": "integer", "default": 90, "minimum": 0, "maximum": 100},
         ),
+        (
+            14,
+            "variation_seed",
+            {
+                "title": "Variation Seed",
+                "type": "integer",
+                "default": None,
+                "nullable": True,
+                "minimum": 0,
+                "maximum": 4294967295,
+            },
+        ),
+        (
+            15,
+            "variation_strength",
+            {"title": "Variation Strength", "type": "number", "default": 0, "minimum": 0, "maximum": 1},
+        ),
+        (16, "lora", {"title": "Lora", **FILE}),
+        (
+            17,
+            "lora_scale",
+            {"title": "Lora Scale", "type": "number", "default": 1, "minimum": 0, "maximum": 5},
+        ),
     ],
 )
 def test_each_input(order: int, name: str, expected: dict[str, Any], components: dict[str, Any]) -> None:
@@ -90,7 +113,7 @@ def test_each_input(order: int, name: str, expected: dict[str, Any], components:
 
 
 def test_there_are_no_other_inputs_and_none_is_required(components: dict[str, Any]) -> None:
-    assert len(components["Input"]["properties"]) == 14
+    assert len(components["Input"]["properties"]) == 18
     assert "required" not in components["Input"]
 
 

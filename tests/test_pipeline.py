@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from japanese_stable_diffusion.images import open_start
 from japanese_stable_diffusion.pipeline import (
@@ -20,7 +21,9 @@ from japanese_stable_diffusion.pipeline import (
     encode,
     generated_size,
     largest_batch,
+    slerp,
 )
+from japanese_stable_diffusion.provenance import hash_file
 from japanese_stable_diffusion.request import SCHEDULERS, Request, RequestError
 from japanese_stable_diffusion.schedulers import make_scheduler
 from japanese_stable_diffusion.weights import Manifest
@@ -467,3 +470,100 @@ def test_a_mask_of_a_few_pixels_repaints_their_latents(pipeline, photograph, tmp
     [made] = pictures(pipeline, asked)
     changed = np.abs(made - np.asarray(open_start(asked).picture, dtype=int)).max(axis=2) > 0
     assert 1 <= changed.sum() <= 16
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistep", "K_EULER_ANCESTRAL"])
+def test_variations_of_a_batch_are_those_that_both_seeds_plus_i_make_alone(pipeline, scheduler):
+    asked = {"variation_strength": 0.3, "scheduler": scheduler}
+    batch = pictures(pipeline, ask(seed=2**32 - 1, variation_seed=8, num_outputs=3, **asked))
+    for i, one in enumerate(batch):
+        [alone] = pictures(pipeline, ask(seed=(2**32 - 1 + i) % 2**32, variation_seed=8 + i, **asked))
+        assert difference(one, alone) <= 2
+
+
+def test_a_variation_goes_from_one_picture_to_the_other(pipeline):
+    one, other = (pictures(pipeline, ask(seed=seed))[0] for seed in (7, 8))
+    between = [
+        pictures(pipeline, ask(variation_seed=8, variation_strength=strength))[0]
+        for strength in (0, 0.01, 0.3, 0.7, 1)
+    ]
+    assert np.array_equal(between[0], one)
+    assert difference(between[4], other) <= 1
+    away = [np.abs(one - picture).mean() for picture in between]
+    assert away == sorted(set(away))
+    assert np.array_equal(pictures(pipeline, ask(variation_seed=7, variation_strength=0.5))[0], one)
+
+
+def test_blended_noise_varies_as_much_as_noise():
+    one, other = (torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+    assert torch.equal(slerp(one, other, 1.0), other)
+    for strength in (0.1, 0.5, 0.9):
+        assert slerp(one, other, strength).std().item() == pytest.approx(1, abs=0.03)
+    assert torch.equal(slerp(one, one, 0.5), one)
+
+
+def test_a_variation_shows_in_what_is_made_from_a_picture(pipeline, tmp_path):
+    Image.radial_gradient("L").save(tmp_path / "image.png")
+    asked = {"image": tmp_path / "image.png", "variation_seed": 8}
+    one, other = (pictures(pipeline, ask(variation_strength=strength, **asked))[0] for strength in (0, 0.5))
+    assert difference(one, other) > 10
+
+
+@pytest.fixture(params=["unet", "text_encoder"])
+def lora(request, pipeline, tmp_path):
+    """A file that changes much of one part of the weights."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, module in getattr(pipeline.weights, request.param).named_modules():
+        if isinstance(module, torch.nn.Linear):
+            for kind, shape in (("A", (2, module.in_features)), ("B", (module.out_features, 2))):
+                tensors[f"{request.param}.{name}.lora_{kind}.weight"] = torch.randn(
+                    shape, generator=generator
+                )
+    save_file(tensors, tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def test_a_lora_shows_and_is_gone_with_the_next_request(weights, lora):
+    pipeline = Pipeline(weights)
+    # For the text encoder, the empty prompt is made with the LoRA too, and not kept.
+    [with_lora] = pictures(pipeline, ask(lora=lora))
+    before = pictures(pipeline, ask())
+    assert difference(with_lora, before[0]) > 10
+    for scale in (0.5, 0, 2):
+        [scaled] = pictures(pipeline, ask(lora=lora, lora_scale=scale))
+        assert (difference(scaled, before[0]) > 5) == bool(scale)
+        assert difference(scaled, with_lora) > 5
+        assert np.array_equal(pictures(pipeline, ask()), before)
+    assert np.array_equal(pictures(pipeline, ask(lora=lora))[0], with_lora)
+
+
+def test_a_lora_is_gone_while_a_request_waits_and_after_it_was_cancelled(pipeline, lora):
+    before = pictures(pipeline, ask())
+    events = pipeline.generate(ask(lora=lora, num_outputs=2))
+    next(events)
+    # Neither closed nor finished.
+    assert np.array_equal(pictures(pipeline, ask()), before)
+    events.close()
+    assert np.array_equal(pictures(pipeline, ask()), before)
+
+
+def test_a_lora_is_gone_after_an_error(pipeline, lora):
+    before = pictures(pipeline, ask())
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    failing = pipeline.weights.unet.conv_out.register_forward_hook(fail)
+    try:
+        with pytest.raises(RequestError, match=r"^width, height"):
+            list(pipeline.generate(ask(lora=lora)))
+    finally:
+        failing.remove()
+    assert np.array_equal(pictures(pipeline, ask()), before)
+
+
+def test_every_picture_tells_the_lora_that_it_was_made_with(pipeline, lora):
+    made = [e for e in pipeline.generate(ask(lora=lora, num_outputs=2)) if isinstance(e, Picture)]
+    assert [picture.lora_hash for picture in made] == [hash_file(lora)] * 2
+    [bare] = [e for e in pipeline.generate(ask()) if isinstance(e, Picture)]
+    assert bare.lora_hash == ""

@@ -110,6 +110,10 @@ def test_limits_are_those_of_a_request(arguments):
         "mask": {},
         "output_format": {"choices": list(limits.OUTPUT_FORMATS)},
         "output_quality": between(limits.OUTPUT_QUALITY),
+        "variation_seed": between(limits.SEEDS),
+        "variation_strength": between(limits.VARIATION_STRENGTH),
+        "lora": {},
+        "lora_scale": between(limits.LORA_SCALE),
     }
 
 
@@ -199,13 +203,14 @@ def test_a_picture_is_made_from_a_picture_at_its_size(predictor, tmp_path, log):
     image = tmp_path / "image.png"
     PHOTOGRAPH.resize((130, 70)).save(image)
     [path] = predictor.predict(image=image, num_inference_steps=2, seed=1)
-    assert Image.open(path).size == (128, 64)
+    picture = np.asarray(Image.open(path))
+    assert picture.shape[:2] == (64, 128)
     assert "size: 128 × 64" in log.messages
     parameters = read_parameters(path)
     assert (parameters.request.width, parameters.request.height) == (128, 64)
     assert parameters.image_hash == hashlib.sha256(image.read_bytes()).hexdigest()[:16]
     [again] = predictor.predict(**{**dataclasses.asdict(parameters.request), "image": image})
-    assert np.array_equal(Image.open(path), Image.open(again))
+    assert np.array_equal(picture, Image.open(again))
 
 
 def test_the_parameters_in_a_file_make_its_picture_again(predictor):
@@ -326,6 +331,8 @@ def test_figures_are_reported_as_metrics(tiny_weights, monkeypatch):
         ({"width": 1024, "height": 1024}, "width, height: "),
         ({"guidance_scale": math.nan}, "guidance_scale: nan"),
         ({"scheduler": "DDPM"}, "scheduler: 'DDPM'"),
+        ({"lora": "/etc/passwd"}, "lora: '/etc/passwd' is not a file that was sent"),
+        ({"lora": Path(__file__)}, "lora: is not a safetensors file"),
         ({"image": "photo.png"}, "image: 'photo.png' is not a file that was sent"),
         ({"image": Path(__file__)}, "image: is not a picture that can be read"),
     ],

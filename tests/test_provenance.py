@@ -85,6 +85,13 @@ def test_what_it_was_made_from_comes_back_as_strength_and_hashes():
     assert provenance.parse(str(made)) == replace(made, request=replace(request, image=None))
 
 
+def test_variations_and_loras_come_back():
+    request = replace(PARAMETERS.request, variation_seed=7, variation_strength=0.25, lora_scale=0.5)
+    parameters = replace(PARAMETERS, request=request, lora_hash="0123456789abcdef")
+    assert provenance.parse(str(parameters)) == parameters
+    assert "Variation seed: 7, Variation seed strength: 0.25, Lora hash: 0123456789abcdef" in str(parameters)
+
+
 def test_text_has_the_form_that_other_tools_read():
     assert str(PARAMETERS) == (
         "サラリーマン 油絵\n"

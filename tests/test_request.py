@@ -83,6 +83,12 @@ def test_the_limits_themselves_are_allowed(inputs):
         ({"output_format": None}, ["output_format", "None", "png, jpg, webp"]),
         ({"output_quality": 101}, ["output_quality", "101", "0 to 100"]),
         ({"output_quality": 90.0}, ["output_quality", "90.0", "whole number"]),
+        ({"variation_seed": 2**32}, ["variation_seed", "4294967296", "0 to 4294967295"]),
+        ({"variation_strength": 1.01}, ["variation_strength", "1.01", "0 to 1"]),
+        ({"variation_strength": None}, ["variation_strength", "None", "0 to 1"]),
+        ({"lora": "/etc/passwd"}, ["lora", "'/etc/passwd'", "URL"]),
+        ({"lora_scale": -0.5}, ["lora_scale", "-0.5", "0 to 5"]),
+        ({"lora_scale": math.nan}, ["lora_scale", "nan", "0 to 5"]),
         ({"seed": -1}, ["seed", "-1", "0 to 4294967295"]),
         ({"seed": 2**32}, ["seed", "4294967296", "0 to 4294967295"]),
         ({"seed": 10**5000}, ["seed", "thousands of digits", "0 to 4294967295"]),
@@ -110,6 +116,19 @@ def test_a_seed_is_drawn_once_and_only_if_none_was_asked_for():
     drawn = {Request().with_seed().seed for _ in range(20)}
     assert len(drawn) == 20
     assert all(0 <= seed < 2**32 for seed in drawn)
+
+
+def test_a_variation_seed_is_drawn_only_if_it_is_needed():
+    assert Request(seed=0, variation_strength=0).with_seed().variation_seed is None
+    assert Request(variation_seed=3, variation_strength=0.5).with_seed().variation_seed == 3
+    assert len({Request(variation_strength=0.5).with_seed().variation_seed for _ in range(20)}) == 20
+
+
+def test_picture_i_by_itself_has_both_seeds_plus_i():
+    request = Request(seed=2**32 - 1, variation_seed=2**32 - 2, variation_strength=0.1, num_outputs=4)
+    assert request.alone(1) == Request(seed=0, variation_seed=2**32 - 1, variation_strength=0.1)
+    assert request.alone(3) == Request(seed=2, variation_seed=1, variation_strength=0.1)
+    assert Request(seed=1, num_outputs=2).alone(1) == Request(seed=2)
 
 
 def test_without_a_seed_there_are_no_seeds_of_pictures():
