@@ -147,6 +147,10 @@ class Predictor(BasePredictor):
             ge=0,
             le=5,
         ),
+        second_pass: bool = Input(
+            description="本物の重みで長い辺が768を超える画像を、小さく作ってから拡大して描き直す。同じものが繰り返されるのを防ぐ。 / With the real weights, make pictures of more than 768 pixels on the longer side small first, then enlarge and repaint them, so that motifs do not repeat.",
+            default=True,
+        ),
     ) -> List[Path]:
         """Make the pictures; picture i is the one that seed + i makes alone. They stay until the next call."""
         given = {name: value for name, value in locals().items() if name != "self"}

@@ -34,6 +34,11 @@ ACTIVATIONS_PER_CHANNEL = 32
 Measured at the full size: 26, and some room.
 """
 
+LARGEST = 1.5
+"""How many times the weights' native size the longer side of a picture may be before its motifs repeat."""
+SECOND_PASS_STRENGTH = 0.4
+"""Share of the steps that a picture is repainted with once it is enlarged: finer detail, the same motifs."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -43,6 +48,7 @@ class Step:
         index: steps done so far, counted per picture and over all pictures of the request.
         total: steps that the request takes in all, counted likewise.
         latents: after this step; (pictures, channels, height / factor, width / factor), noise still in it.
+            Those of a first pass are smaller.
     """
 
     index: int
@@ -156,6 +162,9 @@ class Pipeline:
         width, height = generated_size(weights, request.width, request.height)
         factor = vae_factor(weights.vae)
         shape = (weights.unet.config["in_channels"], height // factor, width // factor)
+        first_size = None if start else first_pass_size(weights, request)
+        if first_size:
+            log.info("second_pass: made at %d × %d, then enlarged to %d × %d", *first_size, width, height)
         seeds = request.seeds
         limit = largest_batch(weights.unet, shape)
         posterior = encode_picture(weights.vae, start.picture, (width, height)) if start else None
@@ -163,15 +172,16 @@ class Pipeline:
         done = 0
         while done < len(seeds):
             batch = seeds[done : done + limit]
-            scheduler = make_scheduler(request.scheduler, weights.scheduler_config)
-            scheduler.set_timesteps(request.num_inference_steps, device=weights.device)
+            scheduler = self._start_schedule(request)
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in batch]
             alone = [request.alone(i) for i in range(done, done + len(batch))]
             if posterior:
                 latents, kept = enter(scheduler, alone, generators, posterior, repainted)
             else:
-                latents = draw_start(alone, generators, shape).to(weights.device) * scheduler.init_noise_sigma
-                kept = None
+                first_width, first_height = first_size or (width, height)
+                first_shape = (shape[0], first_height // factor, first_width // factor)
+                latents = draw_start(alone, generators, first_shape).to(weights.device)
+                latents, kept = latents * scheduler.init_noise_sigma, None
             steps = len(scheduler.timesteps)
             denoising = denoise(
                 weights.unet,
@@ -183,6 +193,17 @@ class Pipeline:
                 request.guidance_scale,
                 kept,
             )
+            if first_size:
+                second = self._start_schedule(request)
+                repaint = [
+                    replace(one, prompt_strength=SECOND_PASS_STRENGTH, variation_strength=0.0)
+                    for one in alone
+                ]
+                skip_steps(second, skipped_steps(repaint[0]))
+                steps += len(second.timesteps)
+                denoising = self._continue(
+                    denoising, (width, height), repaint, generators, prompt, negative_prompt
+                )
             if lora:
                 denoising = lora.during(denoising)
             try:
@@ -212,6 +233,33 @@ class Pipeline:
                     ) from None
                 log.info("%d pictures at once do not fit into memory: making %d at once", len(batch), limit)
             speed.free_memory(weights.device)
+
+    def _start_schedule(self, request: Request) -> SchedulerMixin:
+        scheduler = make_scheduler(request.scheduler, self.weights.scheduler_config)
+        scheduler.set_timesteps(request.num_inference_steps, device=self.weights.device)
+        return scheduler
+
+    def _continue(
+        self,
+        first_pass: Iterator[torch.Tensor],
+        size: tuple[int, int],
+        repaint: Sequence[Request],
+        generators: Sequence[torch.Generator],
+        prompt: torch.Tensor,
+        negative_prompt: torch.Tensor | None,
+    ) -> Iterator[torch.Tensor]:
+        """The latents of a first pass, then of a second that repaints its pictures enlarged to `size`."""
+        for latents in first_pass:
+            yield latents
+        vae = self.weights.vae
+        posteriors = [encode_picture(vae, decode(vae, one[None]), size) for one in latents]
+        posterior = torch.cat([mean for mean, _ in posteriors]), torch.cat([std for _, std in posteriors])
+        scheduler = self._start_schedule(repaint[0])
+        latents, _ = enter(scheduler, repaint, generators, posterior, None)
+        guidance_scale = repaint[0].guidance_scale
+        yield from denoise(
+            self.weights.unet, scheduler, generators, latents, prompt, negative_prompt, guidance_scale
+        )
 
     def _encode(self, request: Request, no_prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embeddings of both prompts, equally many windows long; the negative one only where it guides."""
@@ -247,6 +295,22 @@ def generated_size(weights: Weights, width: int, height: int) -> tuple[int, int]
         return width, height
     unit = 2 * vae_factor(weights.vae)
     scale = manifest.native_size / math.sqrt(width * height)
+    return max(unit, round(width * scale / unit) * unit), max(unit, round(height * scale / unit) * unit)
+
+
+def first_pass_size(weights: Weights, request: Request) -> tuple[int, int] | None:
+    """Width and height in pixels at which a large picture is made first, in about the asked shape.
+
+    None where one pass does: it isn't wanted, the picture is not much larger than those that the weights were
+    trained on, or they enlarge by themselves. Beyond that size, motifs would be painted once more where there
+    is room.
+    """
+    width, height, manifest = request.width, request.height, weights.manifest
+    longest = LARGEST * manifest.native_size
+    if not request.second_pass or manifest.enlarge > 1 or max(width, height) <= longest:
+        return None
+    unit = vae_factor(weights.vae) * 2 ** (len(weights.unet.config["block_out_channels"]) - 1)
+    scale = min(manifest.native_size / math.sqrt(width * height), longest / max(width, height))
     return max(unit, round(width * scale / unit) * unit), max(unit, round(height * scale / unit) * unit)
 
 
@@ -374,7 +438,7 @@ def enter(
         alone: for each picture the request that makes it alone; their strength decides the first timestep, as
             upstream's image-to-image does.
         generators: one per picture to be made.
-        posterior: what `encode_picture` returns.
+        posterior: what `encode_picture` returns, of one picture or of as many as are made.
         repainted: what `cover` returns; None to paint everything.
 
     Returns:
@@ -384,10 +448,14 @@ def enter(
     shape = (mean.shape[1], mean.shape[2], mean.shape[3])
     clean = mean + deviation * draw(generators, shape).to(mean.device)
     noise = draw_start(alone, generators, shape).to(mean.device)
-    steps = int(alone[0].num_inference_steps * alone[0].prompt_strength)
-    skip_steps(scheduler, alone[0].num_inference_steps - steps)
+    skip_steps(scheduler, skipped_steps(alone[0]))
     kept = None if repainted is None else Kept(clean, noise, repainted.to(mean.device))
     return add_noise(scheduler, clean, noise, 0), kept
+
+
+def skipped_steps(request: Request) -> int:
+    """Steps that are left out of a request for the sake of the picture that it starts from."""
+    return request.num_inference_steps - int(request.num_inference_steps * request.prompt_strength)
 
 
 def denoise(

@@ -87,6 +87,8 @@ class Parameters:
         if request.output_format != "png":
             settings["Output format"] = request.output_format
             settings["Output quality"] = request.output_quality
+        if not request.second_pass:
+            settings["Second pass"] = "off"
         if _NEGATIVE in f"\n{request.prompt}":
             settings["Prompt length"] = len(request.prompt)
         settings["Version"] = "japanese-stable-diffusion"
@@ -235,6 +237,8 @@ def _optional(settings: dict[str, str]) -> dict[str, Any]:
         inputs["variation_strength"] = _number("Variation seed strength", settings, float)
     if "Lora hash" in settings:
         inputs["lora_scale"] = _number("Lora scale", settings, float)
+    if "Second pass" in settings:
+        inputs["second_pass"] = settings["Second pass"] != "off"
     if "Output format" in settings:
         inputs["output_format"] = settings["Output format"]
         inputs["output_quality"] = _number("Output quality", settings, int)

@@ -71,6 +71,7 @@ class Request:
     variation_strength: float = 0.0
     lora: Path | None = None
     lora_scale: float = 1.0
+    second_pass: bool = True
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -100,6 +101,8 @@ class Request:
         _check_number("variation_strength", self.variation_strength, *VARIATION_STRENGTH)
         _check_file("lora", self.lora)
         _check_number("lora_scale", self.lora_scale, *LORA_SCALE)
+        if not isinstance(self.second_pass, bool):
+            raise RequestError(f"second_pass: {_show(self.second_pass)} is neither true nor false")
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -102,6 +102,7 @@ def components() -> dict[str, Any]:
             "lora_scale",
             {"title": "Lora Scale", "type": "number", "default": 1, "minimum": 0, "maximum": 5},
         ),
+        (18, "second_pass", {"title": "Second Pass", "type": "boolean", "default": True}),
     ],
 )
 def test_each_input(order: int, name: str, expected: dict[str, Any], components: dict[str, Any]) -> None:
@@ -113,7 +114,7 @@ def test_each_input(order: int, name: str, expected: dict[str, Any], components:
 
 
 def test_there_are_no_other_inputs_and_none_is_required(components: dict[str, Any]) -> None:
-    assert len(components["Input"]["properties"]) == 18
+    assert len(components["Input"]["properties"]) == 19
     assert "required" not in components["Input"]
 
 

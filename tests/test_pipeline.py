@@ -19,6 +19,7 @@ from japanese_stable_diffusion.pipeline import (
     Step,
     decode,
     encode,
+    first_pass_size,
     generated_size,
     largest_batch,
     slerp,
@@ -567,3 +568,78 @@ def test_every_picture_tells_the_lora_that_it_was_made_with(pipeline, lora):
     assert [picture.lora_hash for picture in made] == [hash_file(lora)] * 2
     [bare] = [e for e in pipeline.generate(ask()) if isinstance(e, Picture)]
     assert bare.lora_hash == ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "first"),
+    [
+        ((1024, 768), (592, 448)),
+        ((768, 1024), (448, 592)),
+        ((832, 512), (656, 400)),
+        ((1024, 256), (768, 192)),
+        ((1024, 64), (768, 48)),
+        ((768, 768), None),
+        ((64, 64), None),
+    ],
+)
+def test_pictures_well_above_the_native_size_are_made_smaller_first(weights, asked, first):
+    width, height = asked
+    assert first_pass_size(weights, ask(width=width, height=height)) == first
+    assert first_pass_size(weights, ask(width=width, height=height, second_pass=False)) is None
+    enlarging = dataclasses.replace(weights, manifest=Manifest("small", native_size=64, enlarge=4))
+    assert first_pass_size(enlarging, ask(width=width, height=height)) is None
+
+
+@pytest.fixture(scope="module")
+def small_native(weights):
+    """The tiny model as if it had been trained at 64 pixels."""
+    return Pipeline(dataclasses.replace(weights, manifest=Manifest("small", native_size=64)))
+
+
+@pytest.mark.parametrize(("scheduler", "steps"), [("DPMSolverMultistep", 5 + 2), ("PNDM", 6 + 3)])
+def test_a_second_pass_repaints_the_enlarged_picture(small_native, caplog, scheduler, steps):
+    caplog.set_level(logging.INFO, "japanese_stable_diffusion")
+    request = ask(width=128, height=192, num_outputs=2, num_inference_steps=5, scheduler=scheduler)
+    *made, one, other = small_native.generate(request)
+    assert [step.index for step in made] == [2 * i for i in range(1, steps + 1)]
+    assert {step.total for step in made} == {2 * steps}
+    sides = [tuple(step.latents.shape) for step in made]
+    second = steps - steps // 3
+    assert sides == [(2, 4, 10, 6)] * second + [(2, 4, 24, 16)] * (steps - second)
+    assert "second_pass: made at 48 × 80, then enlarged to 128 × 192" in caplog.messages
+    assert one.image.size == other.image.size == (128, 192)
+    [alone] = pictures(small_native, other.request)
+    assert difference(np.asarray(other.image, dtype=int), alone) <= 2
+
+
+def test_without_a_second_pass_a_large_picture_is_made_at_once(small_native, pipeline, caplog):
+    caplog.set_level(logging.INFO, "japanese_stable_diffusion")
+    request = ask(width=128, height=128, second_pass=False)
+    assert np.array_equal(pictures(small_native, request), pictures(pipeline, request))
+    assert caplog.messages == []
+    assert difference(
+        pictures(small_native, request)[0], pictures(small_native, ask(width=128, height=128))[0]
+    )
+
+
+def test_what_starts_from_a_picture_needs_no_second_pass(small_native, tmp_path):
+    Image.radial_gradient("L").save(tmp_path / "image.png")
+    request = ask(image=tmp_path / "image.png", width=128, height=128)
+    assert {step.latents.shape for step in small_native.generate(request) if isinstance(step, Step)} == {
+        (1, 4, 16, 16)
+    }
+
+
+def test_with_too_few_steps_to_repaint_the_picture_is_only_enlarged(small_native):
+    *_, step, picture = small_native.generate(ask(width=128, height=128, num_inference_steps=2))
+    assert (step.index, step.total) == (2, 2)
+    assert picture.image.size == (128, 128)
+
+
+def test_a_lora_and_a_variation_show_in_both_passes(small_native, lora):
+    asked = {"width": 128, "height": 128}
+    plain = pictures(small_native, ask(**asked))
+    assert difference(pictures(small_native, ask(lora=lora, **asked))[0], plain[0]) > 5
+    varied = ask(variation_seed=8, variation_strength=0.5, **asked)
+    assert difference(pictures(small_native, varied)[0], plain[0]) > 5
+    assert np.array_equal(pictures(small_native, ask(**asked)), plain)

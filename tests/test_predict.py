@@ -70,6 +70,7 @@ def test_types_are_those_of_a_request(arguments):
         "str": str,
         "int": int,
         "float": float,
+        "bool": bool,
         "Optional[int]": int | None,
         "Optional[Path]": Path | None,
     }
@@ -114,6 +115,7 @@ def test_limits_are_those_of_a_request(arguments):
         "variation_strength": between(limits.VARIATION_STRENGTH),
         "lora": {},
         "lora_scale": between(limits.LORA_SCALE),
+        "second_pass": {},
     }
 
 

@@ -89,6 +89,8 @@ def test_variations_and_loras_come_back():
     request = replace(PARAMETERS.request, variation_seed=7, variation_strength=0.25, lora_scale=0.5)
     parameters = replace(PARAMETERS, request=request, lora_hash="0123456789abcdef")
     assert provenance.parse(str(parameters)) == parameters
+    without = replace(parameters, request=replace(request, second_pass=False))
+    assert provenance.parse(str(without)) == without
     assert "Variation seed: 7, Variation seed strength: 0.25, Lora hash: 0123456789abcdef" in str(parameters)
 
 

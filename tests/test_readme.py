@@ -48,7 +48,7 @@ def test_its_inputs_are_those_of_the_schema() -> None:
     table = {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in rows}
     inputs = components["Input"]["properties"]
     assert list(table) == list(inputs)
-    kinds = {"string": "str", "integer": "int", "number": "float"}
+    kinds = {"string": "str", "integer": "int", "number": "float", "boolean": "bool"}
     for name, described in inputs.items():
         kind, default, allowed, _ = table[name]
         whole = {**components.get(name, {}), **described}
