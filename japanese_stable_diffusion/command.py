@@ -58,7 +58,7 @@ def predict(
         written = _make_pictures(inputs, made, target)
         code, error = 0, ""
     except Exception as failure:
-        code, error = (2 if isinstance(failure, RequestError | ProvenanceError) else 1), _one_line(failure)
+        code, error = (2 if isinstance(failure, RequestError | ProvenanceError) else 1), one_line(failure)
         written = []
         print(error, file=sys.stderr)
     finally:
@@ -187,7 +187,7 @@ def _receive(name: str, value: object, received: contextlib.ExitStack) -> object
         fetched = found.convert()
     except (OSError, ValueError) as error:
         raise RequestError(
-            f"{name}: can't be fetched ({_one_line(error)}); name another URL or file"
+            f"{name}: can't be fetched ({one_line(error)}); name another URL or file"
         ) from None
     received.callback(fetched.unlink, missing_ok=True)
     return Path(fetched)
@@ -247,7 +247,8 @@ def _read_text(name: str, file: str) -> str:
         ) from None
 
 
-def _one_line(failure: Exception) -> str:
+def one_line(failure: Exception) -> str:
+    """A failure in one line; its kind is named only if the message isn't written by this project."""
     message = " ".join(str(failure).split())
     told = type(failure).__module__.startswith("japanese_stable_diffusion")
     return message if told and message else f"{type(failure).__name__}: {message}"

@@ -28,6 +28,7 @@ STAMP = VENV / "installed"
 UNFINISHED = VENV / "unfinished"
 EVERYWHERE = ("requirements.txt", "requirements-dev.txt")
 TRAINING = "requirements-training.txt"
+WEB = "requirements-web.txt"
 PIP_OPTIONS = ("--disable-pip-version-check", "--no-input")
 
 # A file name that isn't UTF-8 is printed as it is.

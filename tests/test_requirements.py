@@ -11,10 +11,12 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "japanese_stable_diffusion"
-KEPT_OUT = ("benchmarks", "training")
+KEPT_OUT = ("benchmarks", "page", "training")
 CONTAINER = "requirements.txt"
 DEVELOPMENT = "requirements-dev.txt"
 TRAINING = "requirements-training.txt"
+WEB = "requirements-web.txt"
+ALL = (CONTAINER, DEVELOPMENT, TRAINING, WEB)
 PROVIDERS = metadata.packages_distributions()
 
 
@@ -42,11 +44,11 @@ def imported_projects(path: Path) -> set[str]:
 
 
 def test_every_project_is_pinned_once() -> None:
-    projects = [project for name in (CONTAINER, DEVELOPMENT, TRAINING) for project, _ in read_pins(name)]
+    projects = [project for name in ALL for project, _ in read_pins(name)]
     assert sorted(projects) == sorted(set(projects))
 
 
-@pytest.mark.parametrize("name", [CONTAINER, DEVELOPMENT, TRAINING])
+@pytest.mark.parametrize("name", ALL)
 def test_what_is_installed_is_what_is_pinned(name: str) -> None:
     installed = {project: metadata.version(project).split("+")[0] for project, _ in read_pins(name)}
     assert installed == dict(read_pins(name))
@@ -79,8 +81,8 @@ def test_the_container_gets_all_that_its_code_imports() -> None:
     assert imported - {"cog", "coglet"} <= set(dict(read_pins(CONTAINER)))
 
 
-def test_training_and_tests_get_all_that_they_import() -> None:
-    pinned = {project for name in (CONTAINER, DEVELOPMENT, TRAINING) for project, _ in read_pins(name)}
+def test_page_training_and_tests_get_all_that_they_import() -> None:
+    pinned = {project for name in ALL for project, _ in read_pins(name)}
     folders = [ROOT / "tests", *(PACKAGE / name for name in KEPT_OUT)]
     files = [file for folder in folders for file in folder.rglob("*.py")]
     assert set().union(*(imported_projects(file) for file in files)) <= pinned
