@@ -34,6 +34,8 @@ ACTIVATIONS_PER_CHANNEL = 32
 Measured at the full size: 26, and some room.
 """
 
+LARGE = 768
+"""Pixels of the longer side up to which every picture is made in one pass, as upstream makes them."""
 LARGEST = 1.5
 """How many times the weights' native size the longer side of a picture may be before its motifs repeat."""
 SECOND_PASS_STRENGTH = 0.4
@@ -306,7 +308,7 @@ def first_pass_size(weights: Weights, request: Request) -> tuple[int, int] | Non
     is room.
     """
     width, height, manifest = request.width, request.height, weights.manifest
-    longest = LARGEST * manifest.native_size
+    longest = max(LARGE, LARGEST * manifest.native_size)
     if not request.second_pass or manifest.enlarge > 1 or max(width, height) <= longest:
         return None
     unit = vae_factor(weights.vae) * 2 ** (len(weights.unet.config["block_out_channels"]) - 1)

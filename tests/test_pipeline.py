@@ -590,9 +590,10 @@ def test_pictures_well_above_the_native_size_are_made_smaller_first(weights, ask
     assert first_pass_size(enlarging, ask(width=width, height=height)) is None
 
 
-@pytest.fixture(scope="module")
-def small_native(weights):
-    """The tiny model as if it had been trained at 64 pixels."""
+@pytest.fixture
+def small_native(weights, monkeypatch):
+    """The tiny model as if it had been trained at 64 pixels, and 128 were large."""
+    monkeypatch.setattr("japanese_stable_diffusion.pipeline.LARGE", 0)
     return Pipeline(dataclasses.replace(weights, manifest=Manifest("small", native_size=64)))
 
 
