@@ -5,11 +5,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from playwright.sync_api import Browser, Error, Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page, TimeoutError, sync_playwright
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _PATIENCE = 30 * 60 * 1000
 """Milliseconds for anything in the browser to happen: the real model paints for minutes on a CPU."""
+
+_FIELD = 60 * 1000
+"""Milliseconds after which a field is taken not to be there."""
 
 
 class ScreenshotError(Exception):
@@ -53,6 +56,9 @@ def fill(tab: Page, inputs: Mapping[str, str]) -> None:
         ScreenshotError: there is no such field, or no such value in its list.
     """
     for name, value in inputs.items():
+        # Gradio shows a form before all of its fields are loaded.
+        with contextlib.suppress(TimeoutError):
+            tab.locator(f"#{name}").locator("textarea, input").first.wait_for(timeout=_FIELD)
         choices = tab.locator(f"#{name} input[role=combobox]")
         if choices.count():
             choices.click()

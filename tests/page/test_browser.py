@@ -179,7 +179,7 @@ def test_it_needs_nothing_from_elsewhere(browser: Browser, address: str) -> None
     tab.on("request", lambda request: asked.append(request.url))
     tab.goto(address)
     tab.locator("#paint").wait_for()
-    tab.wait_for_load_state("networkidle")
+    fill(tab, SMALL)
     assert asked and [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
     tab.close()
 
