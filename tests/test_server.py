@@ -7,6 +7,8 @@ import http.server
 import io
 import json
 import os
+import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,38 +17,54 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 from PIL import Image
 
 from japanese_stable_diffusion.openapi import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"width": 64, "height": 128, "num_inference_steps": 1}
+ENDLESS = {"width": 64, "height": 64, "num_inference_steps": 500, "num_outputs": 8}
+AT_REST = ("READY", "SETUP_FAILED", "UNHEALTHY")
 
 
 @contextlib.contextmanager
-def serve(weights: str, log: Path) -> Iterator[str]:
-    """The address of a server with these weights, which has come to rest: READY or SETUP_FAILED."""
+def serve(weights: str, log: Path, *arguments: str) -> Iterator[str]:
+    """The address of a server with these weights, once started; its temporary files go beside the log."""
+    temporary = log.parent / "temporary"
+    temporary.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [ROOT / "scripts" / "serve", "--host", "127.0.0.1"],
+            [ROOT / "scripts" / "serve", "--host", "127.0.0.1", *arguments],
             cwd=log.parent,
-            env={**os.environ, "PORT": str(port), "JSD_WEIGHTS": weights},
+            env={
+                **os.environ,
+                "PORT": str(port),
+                "JSD_WEIGHTS": weights,
+                "TMPDIR": str(temporary),
+                # Every line of a log is sent on at once, instead of twice a second.
+                "COG_THROTTLE_RESPONSE_INTERVAL": "0.001",
+            },
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        while health(address) not in ("READY", "SETUP_FAILED"):
+        told = ["NOT LISTENING"]
+        while told[-1] not in AT_REST:
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
+            told.append(health(address))
+        assert "STARTING" in told
         yield address
     finally:
         process.send_signal(signal.SIGINT)
@@ -60,8 +78,11 @@ def health(address: str) -> str:
         return "NOT LISTENING"
 
 
-def call(url: str, body: bytes | None = None) -> tuple[int, dict[str, Any]]:
-    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
+def call(
+    url: str, body: bytes | None = None, method: str | None = None, **headers: str
+) -> tuple[int, dict[str, Any]]:
+    headers = {"Content-Type": "application/json", **headers}
+    request = urllib.request.Request(url, data=body, headers=headers, method=method)
     try:
         with urllib.request.urlopen(request) as response:
             return response.status, json.load(response)
@@ -76,9 +97,75 @@ def predict(address: str, **inputs: object) -> tuple[int, dict[str, Any]]:
     return call(address + "/predictions", json.dumps({"input": inputs}).encode())
 
 
+def start(address: str, receiver: "Receiver", name: str, **inputs: object) -> tuple[int, dict[str, Any]]:
+    """Ask for a prediction called `name` without waiting for it; how it goes is told to the receiver."""
+    while health(address) == "BUSY":
+        time.sleep(0.01)
+    body = json.dumps({"input": inputs, "webhook": receiver.address + "/webhook"}).encode()
+    return call(f"{address}/predictions/{name}", body, "PUT", Prefer="respond-async")
+
+
+class Receiver:
+    """A web server of ours that Cog's calls: keeps what it was sent, and stores files under new addresses."""
+
+    def __init__(self) -> None:
+        self.received: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.files: dict[str, bytes] = {}
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                receiver.received.put(json.loads(self.read()))
+                self.answer()
+
+            def do_PUT(self) -> None:
+                path = f"/{self.headers['X-Prediction-Id']}{self.path}"
+                receiver.files[receiver.address + path] = self.read()
+                self.answer(Location=receiver.address + path)
+
+            def read(self) -> bytes:
+                return self.rfile.read(int(self.headers["Content-Length"]))
+
+            def answer(self, **headers: str) -> None:
+                self.send_response(200)
+                for name, value in {**headers, "Content-Length": "0"}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+
+    def events(self, name: str) -> Iterator[dict[str, Any]]:
+        """What is told of a prediction, until it has ended."""
+        while True:
+            event = self.received.get(timeout=300)
+            if event["id"] == name:
+                yield event
+                if event["status"] in ("succeeded", "failed", "canceled"):
+                    return
+
+
 @pytest.fixture(scope="module")
-def server(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serve(str(tiny_weights), tmp_path_factory.mktemp("server") / "log") as address:
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    thread = threading.Thread(target=receiver.server.serve_forever)
+    thread.start()
+    yield receiver
+    receiver.server.shutdown()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_weights: Path, folder: Path) -> Iterator[str]:
+    with serve(str(tiny_weights), folder / "log") as address:
         assert health(address) == "READY"
         yield address
 
@@ -191,6 +278,81 @@ def test_what_is_no_picture_fails_the_prediction_in_one_line(data: bytes, server
     assert_it_still_serves(server)
 
 
+def test_a_webhook_is_told_of_the_start_the_log_the_output_and_the_end(
+    server: str, receiver: Receiver
+) -> None:
+    asked = {**SMALL, "num_inference_steps": 20, "num_outputs": 2, "seed": 7}
+    assert start(server, receiver, "told", **asked) == (202, {"id": "told", "status": "starting"})
+    *running, end = receiver.events("told")
+    assert (running[0]["status"], running[0]["logs"]) == ("processing", "")
+    assert any("seed: 7" in event["logs"] and "output" not in event for event in running)
+    assert any(len(event.get("output", [])) == 2 for event in running)
+    assert (end["status"], len(end["output"])) == ("succeeded", 2)
+    assert "seed: 7" in end["logs"] and "40/40 [" in end["logs"]
+
+
+def test_the_same_put_again_makes_no_second_prediction(server: str, receiver: Receiver) -> None:
+    assert start(server, receiver, "once", **ENDLESS)[0] == 202
+    assert health(server) == "BUSY"
+    body = json.dumps({"input": ENDLESS, "webhook": receiver.address}).encode()
+    status, told = call(server + "/predictions/once", body, "PUT", Prefer="respond-async")
+    assert (status, told["id"], told["status"]) == (202, "once", "processing")
+    assert call(server + "/predictions/once/cancel", method="POST") == (200, {})
+    told = list(receiver.events("once"))
+    assert [event["logs"] for event in told].count("") == 1
+    assert told[-1]["status"] == "canceled"
+
+
+def test_while_it_is_busy_another_prediction_is_refused(server: str, receiver: Receiver) -> None:
+    start(server, receiver, "first", **ENDLESS)
+    status, told = call(server + "/predictions", json.dumps({"input": SMALL}).encode())
+    assert (status, told["status"]) == (409, "failed")
+    call(server + "/predictions/first/cancel", method="POST")
+    list(receiver.events("first"))
+    assert_it_still_serves(server)
+
+
+def test_cancelling_leaves_the_next_prediction_as_it_was(server: str, receiver: Receiver) -> None:
+    before = predict(server, seed=3, **SMALL)[1]["output"]
+    for attempt in range(5):
+        name = f"cancelled{attempt}"
+        start(server, receiver, name, **ENDLESS)
+        events = receiver.events(name)
+        while "/4000 [" not in (event := next(events))["logs"]:
+            assert event["status"] == "processing"
+        call(f"{server}/predictions/{name}/cancel", method="POST")
+        *_, end = events
+        assert end["status"] == "canceled" and "output" not in end
+        assert predict(server, seed=3, **SMALL)[1]["output"] == before
+
+
+def test_what_is_not_being_made_cannot_be_cancelled(server: str) -> None:
+    assert call(server + "/predictions/unheard-of/cancel", method="POST")[0] == 404
+
+
+def test_hanging_up_cancels(server: str, receiver: Receiver) -> None:
+    body = json.dumps({"id": "left", "input": ENDLESS, "webhook": receiver.address}).encode()
+    host, port = server.removeprefix("http://").split(":")
+    while health(server) == "BUSY":
+        time.sleep(0.01)
+    with socket.create_connection((host, int(port))) as client:
+        lines = ["POST /predictions HTTP/1.1", f"Host: {host}", "Content-Type: application/json"]
+        client.sendall("\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+        events = receiver.events("left")
+        while "/4000 [" not in next(events)["logs"]:
+            pass
+    *_, end = events
+    assert end["status"] == "canceled"
+    assert_it_still_serves(server)
+
+
+def test_temporary_files_go_when_the_next_prediction_is_made(server: str, folder: Path) -> None:
+    predict(server, num_outputs=3, **SMALL)
+    predict(server, **SMALL)
+    [left] = (folder / "temporary").glob("japanese-stable-diffusion-*")
+    assert [file.name for file in left.iterdir()] == ["output.0.png"]
+
+
 def assert_it_still_serves(server: str) -> None:
     status, told = predict(server, **SMALL)
     assert (status, told["status"]) == (200, "succeeded")
@@ -204,3 +366,67 @@ def test_missing_weights_fail_the_setup_in_one_line(tmp_path: Path) -> None:
     log = (tmp_path / "log").read_text()
     assert f"JSD_WEIGHTS: {tmp_path / 'nowhere'} is not a folder" in log
     assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_pictures_are_uploaded_and_no_file_is_left_when_the_server_stops(
+    tiny_weights: Path, tmp_path: Path, receiver: Receiver
+) -> None:
+    with serve(
+        str(tiny_weights), tmp_path / "log", "--upload-url", receiver.address + "/pictures"
+    ) as address:
+        start(address, receiver, "stored", num_outputs=3, **SMALL)
+        *_, end = receiver.events("stored")
+        # Cog names them in the order in which the uploads ended.
+        names = [f"{receiver.address}/stored/pictures/output.{index}.png" for index in range(3)]
+        assert sorted(end["output"]) == names
+        for name in names:
+            assert Image.open(io.BytesIO(receiver.files[name])).size == (64, 128)
+    assert list((tmp_path / "temporary").glob("japanese-stable-diffusion-*")) == []
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_numbers_are_told_as_unhealthy(tiny_weights: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_weights, broken)
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["conv_in.bias"][0] = float("nan")
+    safetensors.torch.save_file(tensors, file)
+    with serve(str(broken), tmp_path / "log") as address:
+        assert health(address) == "UNHEALTHY"
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(server: str) -> None:
+    """After 200 predictions the process that computes holds at most 3 % more than after 20."""
+    used = {}
+    for made in range(1, 201):
+        size = (64, 128, 192)[made % 3]
+        schedulers = schema()["components"]["schemas"]["scheduler"]["enum"]
+        status, told = predict(
+            server,
+            prompt="猫" * (made % 50),
+            width=size,
+            height=256 - size,
+            num_outputs=1 + made % 3,
+            num_inference_steps=2,
+            scheduler=schedulers[made % len(schedulers)],
+        )
+        assert (status, told["status"]) == (200, "succeeded")
+        used[made] = resident_memory(server)
+    print(f"kB after 20 predictions: {used[20]}, after 200: {used[200]}")
+    assert used[200] <= 1.03 * used[20]
+
+
+def resident_memory(server: str) -> int:
+    """kB of the worker of the server that listens at this address."""
+    port = server.rsplit(":", 1)[1]
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if process.name.isdigit() and b"_run_worker" in (process / "cmdline").read_bytes():
+                environment = (process / "environ").read_bytes().split(b"\0")
+                if f"PORT={port}".encode() in environment:
+                    status = (process / "status").read_text()
+                    return int(status.split("VmRSS:")[1].split()[0])
+    raise AssertionError("the server has no worker")
