@@ -63,9 +63,9 @@ class Stage:
 class Configuration:
     """All of a recipe: how large the models are, and the stages in the order in which they run.
 
-    ``models`` holds the diffusers and transformers configurations of the autoencoder, the UNet and
-    the text encoder. ``vocabulary`` counts the pieces of each tokenizer that is trained here;
-    ``scheduler`` is the noise schedule that is trained on.
+    ``models`` holds the diffusers and transformers configurations of the autoencoder, the UNet,
+    the text encoder and what guesses pictures from it. ``vocabulary`` counts the pieces of each tokenizer
+    that is trained here; ``scheduler`` is the noise schedule that is trained on.
     """
 
     name: str

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel
@@ -68,24 +68,60 @@ class Wording(nn.Module):
         return {"loss": loss / 2, "found": (likeness.argmax(1) == right).float().mean()}
 
 
+PATCH = 2
+"""Latents a side that one position of the text guesses."""
+
+
+class Guess(ModelMixin, ConfigMixin):
+    """The linear map of ``Picturing``: a text encoder's state at a position → a patch of latents.
+
+    Args:
+        hidden_size: of the text encoder.
+        latent_channels: of the autoencoder.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self, hidden_size: int, latent_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, latent_channels * PATCH * PATCH)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(batch, positions, hidden_size) → (batch, positions, latent_channels · PATCH · PATCH)."""
+        patches: Tensor = self.linear(hidden)
+        return patches
+
+
 class Picturing(nn.Module):
     """Guess a picture's latents from its caption alone: their mean over all pictures that it may be of.
 
-    That is what a denoiser has to say where there is nothing but noise. Linear in the mean of all positions,
-    so that captions of pictures that look alike come to lie near each other, as in CLIP's text encoder: a
-    denoiser learns what directions mean far sooner than what each of many unrelated captions does.
+    That is what a denoiser has to say where there is nothing but noise. Each of the last positions, which are
+    padding after all but the longest captions, guesses one patch of the latents, row by row, all of them
+    through the same linear map. So what cross-attention has to learn, to look up the position that belongs
+    to a place, is the same for every caption; a denoiser that has to learn from one summary of the caption
+    what belongs where must do so name by name, and takes far longer.
+
+    The map may come from another text encoder's training and stay as it is. Then this text encoder learns to
+    say what that one says, in its own language, from pictures alone.
     """
 
-    def __init__(self, text_encoder: CLIPTextModel, shape: tuple[int, int, int]) -> None:
+    def __init__(self, text_encoder: CLIPTextModel, guess: Guess) -> None:
         super().__init__()
         self.text_encoder = text_encoder
-        self.guess = nn.Linear(text_encoder.config.hidden_size, math.prod(shape))
+        self.guess = guess
 
     def forward(self, latents: Tensor, ids: Tensor) -> Losses:
-        """Scaled ``latents`` (batch, channels, height, width) and ``ids`` (batch, 77)."""
-        hidden = self.text_encoder(ids).last_hidden_state.float()
-        error = (self.guess(hidden.mean(dim=1)) - latents.flatten(1)).pow(2).mean()
-        return {"loss": error}
+        """Scaled ``latents`` (batch, channels, height, width) and ``ids`` (batch, 77).
+
+        Raises ValueError if the latents have more patches than the text has positions.
+        """
+        patches = functional.unfold(latents.float(), PATCH, stride=PATCH).transpose(1, 2)
+        places = patches.shape[1]
+        if places > ids.shape[1]:
+            raise ValueError(
+                f"latents have {places} patches of {PATCH}×{PATCH}, the text {ids.shape[1]} positions"
+            )
+        hidden = self.text_encoder(ids).last_hidden_state.float()[:, -places:]
+        return {"loss": (self.guess(hidden) - patches).pow(2).mean()}
 
 
 class Denoising(nn.Module):

@@ -32,7 +32,7 @@ from .batches import Draws, Steps, cached_moments, fingerprint, loader, noise_fo
 from .configuration import Configuration, ConfigurationError, Stage, read_concept_names
 from .evaluation import Ask, Settings, generate, through_autoencoder
 from .export import save_models
-from .objectives import Autoencoding, Denoising, Picturing, Wording
+from .objectives import Autoencoding, Denoising, Guess, Picturing, Wording
 from .shards import Shards
 from .styles import Pixels
 from .tokenizer import train_tokenizer
@@ -44,6 +44,7 @@ MODELS: Models = {
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
     "text_encoder": CLIPTextModel,
+    "guess": Guess,
 }
 KEPT_CHECKPOINTS = 2
 
@@ -102,9 +103,7 @@ def _objective(configuration: Configuration, stage: Stage, models: Models) -> nn
     if stage.objective == "wording":
         return Wording(models["text_encoder"])
     if stage.objective == "picturing":
-        vae = models["vae"].config
-        side = configuration.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
-        return Picturing(models["text_encoder"], (vae["latent_channels"], side, side))
+        return Picturing(models["text_encoder"], models["guess"])
     return Denoising(models["unet"], models["text_encoder"], configuration.scheduler, stage.weight_limit)
 
 

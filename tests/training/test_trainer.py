@@ -35,7 +35,7 @@ from japanese_stable_diffusion.training.configuration import (
 from japanese_stable_diffusion.training.demo import needed_stages
 from japanese_stable_diffusion.training.emoji import HERE
 from japanese_stable_diffusion.training.export import publish
-from japanese_stable_diffusion.training.objectives import Denoising
+from japanese_stable_diffusion.training.objectives import Denoising, Picturing
 from japanese_stable_diffusion.training.samples import Sample
 from japanese_stable_diffusion.training.shards import Shards, write_shard
 from japanese_stable_diffusion.training.trainer import learning_rate, make_model, train
@@ -95,6 +95,30 @@ def test_captions_tell_what_their_pictures_look_like(runs: Path) -> None:
     weights = runs / "pictured" / "weights"
     assert not same(tensors(runs / "words" / "weights", "text_encoder"), tensors(weights, "text_encoder"))
     assert same(tensors(runs / "autoencoder" / "weights", "vae"), tensors(weights, "vae"))
+
+
+def test_another_text_encoder_may_learn_to_say_the_same(runs: Path) -> None:
+    first, second = (runs / name / "weights" for name in ("pictured", "pictured_ja"))
+    assert same(tensors(first, "guess"), tensors(second, "guess"))
+    assert not same(tensors(first, "text_encoder"), tensors(second, "text_encoder"))
+    curve = losses(runs / "pictured_ja")
+    assert np.mean(curve[-3:]) < np.mean(curve[:3])
+
+
+def test_each_position_guesses_its_own_patch_of_the_picture() -> None:
+    configuration = read_configuration(str(TINY))
+    torch.manual_seed(0)
+    picturing = Picturing(make_model("text_encoder", configuration), make_model("guess", configuration))
+    ids = torch.randint(4, 60, (1, 77))
+    hidden = picturing.text_encoder(ids).last_hidden_state[0]
+    latents = torch.zeros(1, 4, 8, 8)
+    for place in range(16):
+        top, left = 2 * (place // 4), 2 * (place % 4)
+        patch = picturing.guess(hidden[77 - 16 + place]).reshape(4, 2, 2)
+        latents[0, :, top : top + 2, left : left + 2] = patch
+    assert picturing(latents, ids)["loss"] < 1e-9
+    with pytest.raises(ValueError, match="100 patches"):
+        picturing(torch.zeros(1, 4, 20, 20), ids)
 
 
 def test_a_stage_may_keep_to_some_concepts(drawn: Shards) -> None:
