@@ -22,7 +22,7 @@ from japanese_stable_diffusion import emphasis, speed
 from japanese_stable_diffusion.images import Start, open_start
 from japanese_stable_diffusion.lora import LoRA
 from japanese_stable_diffusion.request import Request, RequestError
-from japanese_stable_diffusion.schedulers import make_scheduler, skip_steps
+from japanese_stable_diffusion.schedulers import make_scheduler, remove_noise, skip_steps
 from japanese_stable_diffusion.tokenizer import MAX_LENGTH
 from japanese_stable_diffusion.weights import Weights
 
@@ -51,11 +51,13 @@ class Step:
         total: steps that the request takes in all, counted likewise.
         latents: after this step; (pictures, channels, height / factor, width / factor), noise still in it.
             Those of a first pass are smaller.
+        denoised: what they will be, as far as this step could tell; of the same shape.
     """
 
     index: int
     total: int
     latents: torch.Tensor
+    denoised: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -210,11 +212,11 @@ class Pipeline:
                 denoising = lora.during(denoising)
             try:
                 started = time.perf_counter()
-                for index, latents in enumerate(denoising, start=1):
+                for index, (latents, denoised) in enumerate(denoising, start=1):
                     speed.synchronize(weights.device)
                     figures.denoising_seconds += time.perf_counter() - started
                     figures.unet_evaluations += 1
-                    yield Step(done * steps + index * len(batch), len(seeds) * steps, latents)
+                    yield Step(done * steps + index * len(batch), len(seeds) * steps, latents, denoised)
                     started = time.perf_counter()
                 for index, picture in enumerate(alone):
                     started = time.perf_counter()
@@ -243,16 +245,16 @@ class Pipeline:
 
     def _continue(
         self,
-        first_pass: Iterator[torch.Tensor],
+        first_pass: Iterator[tuple[torch.Tensor, torch.Tensor]],
         size: tuple[int, int],
         repaint: Sequence[Request],
         generators: Sequence[torch.Generator],
         prompt: torch.Tensor,
         negative_prompt: torch.Tensor | None,
-    ) -> Iterator[torch.Tensor]:
-        """The latents of a first pass, then of a second that repaints its pictures enlarged to `size`."""
-        for latents in first_pass:
-            yield latents
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The steps of a first pass, then of a second that repaints its pictures enlarged to `size`."""
+        for latents, denoised in first_pass:
+            yield latents, denoised
         vae = self.weights.vae
         posteriors = [encode_picture(vae, decode(vae, one[None]), size) for one in latents]
         posterior = torch.cat([mean for mean, _ in posteriors]), torch.cat([std for _, std in posteriors])
@@ -469,8 +471,8 @@ def denoise(
     negative_prompt: torch.Tensor | None,
     guidance_scale: float,
     kept: Kept | None = None,
-) -> Iterator[torch.Tensor]:
-    """Denoise and yield the latents after every step, in float32.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Denoise and yield after every step the latents, and what it took them for without noise (float32).
 
     Args:
         unet: predicts the noise.
@@ -494,11 +496,12 @@ def denoise(
         else:
             away, towards = unet(torch.cat([model_input] * 2), timestep, embeddings).sample.float().chunk(2)
             predicted = away + guidance_scale * (towards - away)
+        denoised = remove_noise(scheduler, model_input.float(), predicted, timestep)
         latents = scheduler.step(predicted, timestep, latents, **step_options).prev_sample
         if kept:
             renoised = add_noise(scheduler, kept.clean, kept.noise, step + 1)
             latents = torch.where(kept.repainted, latents, renoised)
-        yield latents
+        yield latents, denoised
 
 
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> Image.Image:

@@ -70,3 +70,20 @@ def skip_steps(scheduler: SchedulerMixin, count: int) -> None:
         scheduler.timesteps = scheduler.timesteps[count:]
         if hasattr(scheduler, "sigmas"):
             scheduler.sigmas = scheduler.sigmas[count:]
+
+
+def remove_noise(
+    scheduler: SchedulerMixin, scaled: torch.Tensor, predicted: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """Latents without the noise that the UNet sees in them (Song et al. 2021, arXiv:2010.02502, equation 12).
+
+    Args:
+        scheduler: of whichever kind; all give the UNet latents on the same scale.
+        scaled: what the UNet was given, (pictures, channels, height / factor, width / factor).
+        predicted: what it said, of the same shape: the noise, or the velocity of Salimans & Ho 2022.
+        timestep: one of the scheduler's.
+    """
+    signal = scheduler.alphas_cumprod[round(float(timestep))].to(scaled.device)
+    if scheduler.config["prediction_type"] == "v_prediction":
+        return signal.sqrt() * scaled - (1 - signal).sqrt() * predicted
+    return (scaled - (1 - signal).sqrt() * predicted) / signal.sqrt()

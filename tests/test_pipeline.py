@@ -286,6 +286,14 @@ def test_every_step_tells_how_far_it_is(pipeline):
     assert not torch.equal(steps[0].latents, steps[1].latents)
 
 
+def test_every_step_tells_what_it_took_the_latents_for_without_noise(pipeline):
+    *_, before, last, _ = pipeline.generate(ask(num_inference_steps=4, scheduler="K_EULER"))
+    assert before.denoised.shape == before.latents.shape
+    # Euler's last step goes all the way to where it points.
+    assert torch.allclose(last.denoised, last.latents, atol=1e-3)
+    assert not torch.allclose(before.denoised, before.latents, atol=1e-1)
+
+
 def test_the_latents_of_the_last_step_are_the_picture(pipeline):
     *_, step, picture = pipeline.generate(ask())
     assert np.array_equal(decode(pipeline.weights.vae, step.latents), picture.image)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from japanese_stable_diffusion.request import NUM_INFERENCE_STEPS, SCHEDULERS
-from japanese_stable_diffusion.schedulers import make_scheduler, skip_steps
+from japanese_stable_diffusion.schedulers import make_scheduler, remove_noise, skip_steps
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 25, 300, NUM_INFERENCE_STEPS[1]])
@@ -85,3 +85,21 @@ def test_a_picture_gets_rid_of_the_noise_that_it_was_given(name, count):
     # PNDM and DDIM end at the first timestep of training, with 3 % of the noise left.
     left = 0.03 if name in ("PNDM", "DDIM") and count < 20 else 0
     assert (latents - clean - left * noise).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_noise_that_is_known_is_removed_altogether(name, prediction_type):
+    generator = torch.Generator().manual_seed(3)
+    clean, noise = torch.randn(2, 1, 4, 8, 8, generator=generator)
+    for step in (0, 4, 8):
+        scheduler = make_scheduler(name, {"prediction_type": prediction_type})
+        scheduler.set_timesteps(9)
+        timestep = scheduler.timesteps[step]
+        noisy = scheduler.add_noise(clean, noise, timestep[None])
+        scaled = scheduler.scale_model_input(noisy, timestep)
+        signal = scheduler.alphas_cumprod[round(float(timestep))]
+        velocity = signal.sqrt() * noise - (1 - signal).sqrt() * clean
+        predicted = noise if prediction_type == "epsilon" else velocity
+        # Timesteps between two trained ones are rounded to one of them.
+        assert torch.allclose(remove_noise(scheduler, scaled, predicted, timestep), clean, atol=0.05)

@@ -105,7 +105,7 @@ def _is_file(described: Mapping[str, Any]) -> bool:
 def _field(name: str, described: Mapping[str, Any]) -> Field:
     kind, default, optional = described["type"], described.get("default"), described.get("nullable", False)
     common: dict[str, Any] = {"label": _label(described), "elem_id": name}
-    of_values = {**common, "info": _info(name, described), "value": default, "min_width": 200}
+    of_values = {**common, "info": _info(name, described), "value": default, "min_width": 300}
     component: gr.components.Component
     read: Callable[[Any], Any] = _same
     if "enum" in described:
@@ -214,5 +214,5 @@ def _info(name: str, described: Mapping[str, Any]) -> str:
 def _halves(described: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Japanese and English description, each as what it says first, and the rest."""
     japanese, _, english = described.get("description", "").partition(" / ")
-    halves = [re.split("。", japanese, maxsplit=1), re.split(r"[,;.](?:\s|$)", english, maxsplit=1)]
+    halves = [re.split("。", japanese, maxsplit=1), re.split(r"[,;:.](?:\s|$)", english, maxsplit=1)]
     return [(half[0].strip(), half[1].strip() if len(half) > 1 else "") for half in halves if half[0]]

@@ -27,7 +27,9 @@ _TITLE = "Japanese Stable Diffusion"
 _HELLO = f"# {_TITLE}\n日本語の言葉から画像を作ります。 / Makes pictures from Japanese words."
 _IDLE = "「描く」を押すと、ここに画像が現れます。 / Press “Paint”, and the picture appears here."
 _FONTS = ["system-ui", "Hiragino Sans", "Yu Gothic UI", "Noto Sans CJK JP", "sans-serif"]
-_THEME = gr.themes.Default(primary_hue="red", font=_FONTS, font_mono=["ui-monospace", "monospace"])
+_THEME = gr.themes.Default(primary_hue="red", font=_FONTS, font_mono=["ui-monospace", "monospace"]).set(
+    block_info_text_color="*neutral_600"
+)
 _STYLE = """
 .news progress { width: 100%; height: 1rem; accent-color: var(--primary-500); }
 .news .previews { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .5rem; }
@@ -35,7 +37,8 @@ _STYLE = """
 .news [role=alert] { color: #b91c1c; font-weight: 600; }
 .dark .news [role=alert] { color: #fca5a5; }
 .news p, .news pre, .made pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-.news pre, .made pre { font-size: var(--text-sm); color: var(--body-text-color-subdued); }
+.news pre, .made pre { font-size: var(--text-sm); }
+.grid-wrap.fixed-height { min-height: 0 !important; max-height: none !important; }
 """
 
 Update = dict[gr.blocks.Block, Any]
@@ -93,24 +96,24 @@ class Page:
                     label="できた画像 / Pictures",
                     elem_id="pictures",
                     columns=2,
-                    height="auto",
                     object_fit="contain",
                     interactive=False,
                     visible=False,
                     buttons=["download", "fullscreen"],
                 )
-                with gr.Group(visible=False) as self._details:
-                    self._parameters = gr.HTML(elem_id="made", elem_classes="made", padding=True)
+                with gr.Column(visible=False) as self._details:
+                    self._parameters = gr.HTML(elem_id="made", elem_classes="made")
                     with gr.Row():
                         self._again = gr.Button(
-                            "このシードでもう一度 / Again with this seed", elem_id="again"
+                            "このシードでもう一度 / Again with this seed", elem_id="again", size="md"
                         )
-                        self._download = gr.DownloadButton("ダウンロード / Download", elem_id="download")
+                        self._download = gr.DownloadButton(
+                            "ダウンロード / Download", elem_id="download", size="md"
+                        )
                 self._album = gr.Gallery(
                     label="この訪問で作った画像 / Made during this visit",
                     elem_id="history",
                     columns=6,
-                    height="auto",
                     allow_preview=False,
                     interactive=False,
                     visible=False,

@@ -51,7 +51,7 @@ class Model:
 
     def _previews(self, step: Step) -> tuple[Image.Image, ...]:
         checker = self._predictor.checker
-        previews = self._preview(step.latents)
+        previews = self._preview(step.denoised)
         return tuple(preview for preview in previews if not (checker and is_flagged(preview, checker)))
 
 

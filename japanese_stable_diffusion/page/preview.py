@@ -35,11 +35,8 @@ class Preview:
 
     @torch.inference_mode()
     def __call__(self, latents: torch.Tensor) -> tuple[Image.Image, ...]:
-        """RGB pictures of latents with any amount of noise in them: (pictures, channels, height, width)."""
-        latents = latents.float().cpu()
-        # Schedulers with a noise of their own scale, such as Euler's, begin far beyond what is ever decoded.
-        latents = latents / latents.std(dim=(1, 2, 3), keepdim=True).clamp(min=1)
-        patches = torch.einsum("nchw,cp->nphw", _neighbourhoods(latents), self._map)
+        """RGB pictures of latents without noise: (pictures, channels, height, width)."""
+        patches = torch.einsum("nchw,cp->nphw", _neighbourhoods(latents.float().cpu()), self._map)
         pixels = functional.pixel_shuffle(patches, self._factor)
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return tuple(Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels)

@@ -42,7 +42,7 @@ def open_browser() -> Iterator[Browser]:
 
 def open_tab(browser: Browser, address: str) -> Page:
     """The page, ready to be used, as a visit of its own."""
-    tab = browser.new_page(viewport={"width": 1280, "height": 800}, locale="ja-JP")
+    tab = browser.new_page(viewport={"width": 1280, "height": 1200}, locale="ja-JP")
     tab.set_default_timeout(_PATIENCE)
     tab.goto(address)
     tab.locator("#paint").wait_for()
@@ -78,7 +78,7 @@ def fill(tab: Page, inputs: Mapping[str, str]) -> None:
 
 
 def take(address: str, inputs: Mapping[str, str], file: Path) -> None:
-    """Fill in the form, let it paint, and take a picture of the page with the pictures in it.
+    """Fill in the form, let it paint, and take a picture of the upper part of the page.
 
     Raises:
         ScreenshotError: an input is no field or is refused, or the browser doesn't start.
@@ -87,9 +87,10 @@ def take(address: str, inputs: Mapping[str, str], file: Path) -> None:
         tab = open_tab(browser, address)
         fill(tab, inputs)
         tab.click("#paint")
-        tab.locator("#made pre, #news [role=alert]").first.wait_for()
+        tab.locator("#history img, #news [role=alert]").first.wait_for()
         if tab.locator("#news [role=alert]").count():
             raise ScreenshotError(tab.locator("#news [role=alert]").inner_text())
         tab.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth)")
         file.parent.mkdir(parents=True, exist_ok=True)
-        tab.screenshot(path=file, full_page=True, animations="disabled")
+        tab.evaluate("scrollTo(0, 0)")
+        tab.screenshot(path=file, animations="disabled")
