@@ -20,7 +20,7 @@ from japanese_stable_diffusion.progress import Progress
 from japanese_stable_diffusion.provenance import Parameters
 from japanese_stable_diffusion.request import Request
 from japanese_stable_diffusion.safety import choose_checker, is_flagged, report
-from japanese_stable_diffusion.speed import choose_device, choose_dtype
+from japanese_stable_diffusion.speed import choose_device, choose_dtype, speed_up
 from japanese_stable_diffusion.weights import WEIGHTS, find_weights, load_weights
 
 log = logging.getLogger("japanese_stable_diffusion")
@@ -37,6 +37,7 @@ class Predictor(BasePredictor):
         device = choose_device()
         download_if_wanted(WEIGHTS / "japanese-stable-diffusion")
         weights = load_weights(find_weights(), device, choose_dtype(device))
+        speed_up(weights)
         self.pipeline = Pipeline(weights)
         log.info(
             "weights: %s (%s)", f"{weights.manifest.name} {weights.manifest.version}".strip(), weights.folder
@@ -148,7 +149,7 @@ class Predictor(BasePredictor):
             le=5,
         ),
         second_pass: bool = Input(
-            description="本物の重みで長い辺が768を超える画像を、小さく作ってから拡大して描き直す。同じものが繰り返されるのを防ぐ。 / With the real weights, make pictures of more than 768 pixels on the longer side small first, then enlarge and repaint them, so that motifs do not repeat.",
+            description="長い辺が768を超える画像を、小さく作ってから拡大して描き直す。同じものが繰り返されるのを防ぐ。本物の重みだけで働く。 / Make pictures of more than 768 pixels on the longer side small first, then enlarge and repaint them, so that motifs do not repeat. With the real weights only.",
             default=True,
         ),
     ) -> List[Path]:

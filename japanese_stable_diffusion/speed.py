@@ -1,10 +1,18 @@
-"""What makes it fast: the device, its precision, and how many pictures are made at once."""
+"""What makes it fast: the device, its precision, batches that fit, and how layers compute."""
 
+import ctypes
 import os
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.upsampling import Upsample2D
+from torch.nn.functional import conv2d, pad
+
+from japanese_stable_diffusion.weights import Weights
 
 
 class DeviceError(Exception):
@@ -75,3 +83,174 @@ def free_memory(device: torch.device) -> None:
     """Hand memory that PyTorch keeps for later back to the GPU, so that differently sized work finds room."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def speed_up(weights: Weights, switches: Iterable[str] | None = None) -> None:
+    """Make the models of a weights folder compute the same in less time. Nothing is computed or copied now.
+
+    Args:
+        weights: loaded; their models are changed in place.
+        switches: names from `SWITCHES`; None for all of them.
+    """
+    for name in SWITCHES if switches is None else switches:
+        SWITCHES[name](weights)
+
+
+def keep_memory(_: Weights) -> None:
+    """Have glibc keep memory that was freed for the next layer, on a CPU.
+
+    It hands large blocks back to the kernel at once, which clears every page of them when they are asked for
+    again. What mallopt(3) sets holds for the whole process, in the image and outside of it. Other C libraries
+    are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        for parameter, value in _MALLOPT.items():
+            mallopt(parameter, value)
+
+
+_MALLOPT = {
+    -8: 1,  # M_ARENA_MAX: threads share the one arena that can grow without mmap(2)
+    -4: 0,  # M_MMAP_MAX: no block has a mapping of its own, which would go when it is freed
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: up to 2 GiB that are free at the end stay
+}
+
+
+def put_channels_last(weights: Weights) -> None:
+    """Keep the channels of a pixel together, as the kernels for convolutions want them on all devices.
+
+    A layer puts out what its input or its weights ask for. Of the UNet on a CPU only the first layer is
+    copied for that, and convolutions over single pixels say so, whose weights lie in memory the same either
+    way; the others go on with what they get.
+    """
+    weights.vae.to(memory_format=torch.channels_last)
+    if weights.device.type != "cpu":
+        weights.unet.to(memory_format=torch.channels_last)
+        return
+    weights.unet.conv_in.to(memory_format=torch.channels_last)
+    for module in weights.unet.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1):
+            outputs, inputs = module.weight.shape[:2]
+            weight = module.weight.detach().reshape(outputs, 1, 1, inputs).permute(0, 3, 1, 2)
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+class PointwiseLinear(torch.nn.Linear):
+    """A linear layer that computes on a CPU as a convolution over single pixels.
+
+    That takes PyTorch to oneDNN instead of MKL, which is a third slower on processors that Intel didn't make.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., rows, inputs) → (..., rows, outputs)."""
+        if input.device.type != "cpu" or input.dtype != torch.float32:
+            return super().forward(input)
+        pixels = input.reshape(-1, 1, input.shape[-2], self.in_features).permute(0, 3, 1, 2)
+        output = conv2d(pixels, self.weight[:, :, None, None], self.bias)
+        return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], self.out_features)
+
+
+def make_linears_pointwise(weights: Weights) -> None:
+    """Make every linear layer of UNet and VAE a `PointwiseLinear`."""
+    for model in (weights.unet, weights.vae):
+        for module in model.modules():
+            if type(module) is torch.nn.Linear:
+                module.__class__ = PointwiseLinear
+
+
+class RememberingLinear(PointwiseLinear):
+    """A linear layer that computes once for one and the same tensor, and then remembers what came out."""
+
+    _input: torch.Tensor | None = None
+    _output: torch.Tensor
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) → (..., outputs)."""
+        if self._input is not input:
+            self._input, self._output = input, super().forward(input)
+        return self._output
+
+
+def remember_keys(weights: Weights) -> None:
+    """Compute keys and values of the text once per prediction: at every step it is the same tensor."""
+    for module in weights.unet.modules():
+        if isinstance(module, Attention) and module.is_cross_attention:
+            module.to_k.__class__ = module.to_v.__class__ = RememberingLinear
+
+
+class FoldedUpsample(Upsample2D):
+    """Twice the size, then a convolution of 3×3, without computing with the same pixel twice.
+
+    The nine pixels that each new pixel is computed from are copies of only four. The weights of copies are
+    added up instead, so there are four kernels of 2×2, one for each place in a new square of four. It
+    computes 4 products where there were 9, and is the same up to rounding.
+    """
+
+    _kernels: dict[tuple[int, int], torch.Tensor] | None = None
+
+    def forward(
+        self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """(pictures, channels, height, width) → (pictures, channels, 2 · height, 2 · width)."""
+        batch, _, height, width = hidden_states.shape
+        # A LoRA changes what the convolution itself puts out.
+        changed = bool(self.conv._forward_hooks)
+        if changed or (output_size is not None and tuple(output_size) != (2 * height, 2 * width)):
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        if self._kernels is None:
+            self._kernels = _fold(self.conv.weight)
+        size = (batch, 2 * height, 2 * width, self.conv.out_channels)
+        enlarged = hidden_states.new_empty(size).permute(0, 3, 1, 2)
+        for (row, column), kernel in self._kernels.items():
+            around = pad(hidden_states, (1 - column, column, 1 - row, row))
+            enlarged[:, :, row::2, column::2] = conv2d(around, kernel, self.conv.bias)
+        return enlarged
+
+
+def _fold(weight: torch.Tensor) -> dict[tuple[int, int], torch.Tensor]:
+    """Kernels (outputs, inputs, 2, 2) for each place in a square, of one kernel (outputs, inputs, 3, 3)."""
+
+    def add_up(kernel: torch.Tensor, place: int, dim: int) -> torch.Tensor:
+        first, second, third = kernel.unbind(dim)
+        pair = (first, second + third) if place == 0 else (first + second, third)
+        return torch.stack(pair, dim)
+
+    return {
+        (row, column): add_up(add_up(weight, row, 2), column, 3).contiguous()
+        for row in (0, 1)
+        for column in (0, 1)
+    }
+
+
+def fold_upsampling(weights: Weights) -> None:
+    """Make every upsampling with a convolution, on a CPU, a `FoldedUpsample`.
+
+    On a GPU its kernels would be rounded once more, to half precision.
+    """
+    if weights.device.type != "cpu":
+        return
+    for model in (weights.unet, weights.vae):
+        for module in model.modules():
+            if type(module) is Upsample2D and _is_plain(module):
+                module.__class__ = FoldedUpsample
+
+
+def _is_plain(module: Upsample2D) -> bool:
+    return (
+        module.name == "conv"
+        and isinstance(module.conv, torch.nn.Conv2d)
+        and module.conv.kernel_size == (3, 3)
+        and module.conv.padding == (1, 1)
+        and module.norm is None
+        and module.interpolate
+    )
+
+
+SWITCHES: dict[str, Callable[[Weights], None]] = {
+    "keep_memory": keep_memory,
+    "put_channels_last": put_channels_last,
+    "make_linears_pointwise": make_linears_pointwise,
+    "remember_keys": remember_keys,
+    "fold_upsampling": fold_upsampling,
+}
+"""All that `speed_up` does, by name. `scripts/benchmark --switches` measures each alone."""

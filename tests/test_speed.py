@@ -1,12 +1,36 @@
-"""Which device is chosen, and how much it may hold; CUDA is faked where PyTorch meets it."""
+"""Which device is chosen, how much it may hold, how layers compute; CUDA is faked where PyTorch meets it."""
 
+import copy
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch.utils.flop_counter import FlopCounterMode
 
-from japanese_stable_diffusion.speed import DeviceError, choose_device, choose_dtype, memory_budget
+from japanese_stable_diffusion.speed import (
+    SWITCHES,
+    DeviceError,
+    FoldedUpsample,
+    RememberingLinear,
+    choose_device,
+    choose_dtype,
+    fold_upsampling,
+    make_linears_pointwise,
+    memory_budget,
+    put_channels_last,
+    remember_keys,
+    speed_up,
+)
+from japanese_stable_diffusion.weights import Weights, load_weights
+
+ROUNDING = 5e-5
+"""Of pixels and latents with values around 1, where sums are computed in another order."""
 
 
 def fail(error):
@@ -82,3 +106,126 @@ def test_a_batch_may_take_half_of_what_the_weights_leave_of_a_gpu(monkeypatch):
 def test_a_batch_may_take_a_quarter_of_a_machine(monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4, "SC_PHYS_PAGES": 1_000}.get)
     assert memory_budget(torch.device("cpu")) == 1_000
+
+
+@pytest.fixture
+def fresh_weights(tiny_weights: Path) -> Weights:
+    return load_weights(tiny_weights, torch.device("cpu"), torch.float32)
+
+
+def evaluate(weights: Weights) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 8, 16, generator=generator)
+    text = torch.randn(2, 77, 32, generator=generator)
+    return weights.unet(latents, torch.tensor(500), text).sample
+
+
+def decode(weights: Weights) -> torch.Tensor:
+    latents = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(2))
+    return weights.vae.decode(latents).sample
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@torch.inference_mode()
+def test_every_switch_leaves_what_is_computed_as_it_is(weights, fresh_weights, switch):
+    speed_up(fresh_weights, [switch])
+    assert (evaluate(fresh_weights) - evaluate(weights)).abs().max() < ROUNDING
+    assert (decode(fresh_weights) - decode(weights)).abs().max() < ROUNDING
+
+
+@torch.inference_mode()
+def test_all_switches_together_leave_it_too_and_a_second_time(weights, fresh_weights):
+    speed_up(fresh_weights)
+    for _ in range(2):
+        assert (evaluate(fresh_weights) - evaluate(weights)).abs().max() < ROUNDING
+    assert (decode(fresh_weights) - decode(weights)).abs().max() < ROUNDING
+
+
+@torch.inference_mode()
+def test_channels_stay_last_through_the_unet(fresh_weights):
+    put_channels_last(fresh_weights)
+    orders = []
+    for module in (*fresh_weights.unet.modules(), *fresh_weights.vae.decoder.modules()):
+        if isinstance(module, ResnetBlock2D):
+            module.register_forward_hook(lambda _, inputs, output: orders.append(output))
+    evaluate(fresh_weights), decode(fresh_weights)
+    assert orders and all(output.is_contiguous(memory_format=torch.channels_last) for output in orders)
+
+
+def test_putting_channels_last_copies_next_to_nothing_of_the_unet(fresh_weights):
+    before = {name: weight.data_ptr() for name, weight in fresh_weights.unet.named_parameters()}
+    put_channels_last(fresh_weights)
+    moved = {
+        name for name, weight in fresh_weights.unet.named_parameters() if weight.data_ptr() != before[name]
+    }
+    assert moved <= {"conv_in.weight"}
+
+
+@torch.inference_mode()
+def test_linears_are_computed_as_convolutions(fresh_weights):
+    make_linears_pointwise(fresh_weights)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        evaluate(fresh_weights)
+    assert "aten::addmm" not in {event.key for event in profile.key_averages()}
+
+
+@torch.inference_mode()
+def test_keys_of_the_text_are_computed_once(fresh_weights):
+    remember_keys(fresh_weights)
+    layer = next(m for m in fresh_weights.unet.modules() if isinstance(m, RememberingLinear))
+    text = torch.randn(1, 77, 32)
+    keys = layer(text)
+    assert layer(text) is keys
+    assert not torch.equal(layer(text + 1), keys)
+    assert torch.equal(layer(text.clone()), keys)
+
+
+@torch.inference_mode()
+def test_folded_upsampling_computes_four_products_for_nine():
+    torch.manual_seed(3)
+    plain = Upsample2D(6, use_conv=True, out_channels=5)
+    hidden_states = torch.randn(2, 6, 4, 8)
+    with FlopCounterMode(display=False) as flops:
+        expected = plain(hidden_states)
+    folded = copy.deepcopy(plain)
+    folded.__class__ = FoldedUpsample
+    with FlopCounterMode(display=False) as fewer:
+        assert torch.allclose(folded(hidden_states), expected, atol=1e-5)
+    assert fewer.get_total_flops() * 9 == flops.get_total_flops() * 4
+    assert torch.equal(folded(hidden_states, (9, 16)), plain(hidden_states, (9, 16)))
+
+
+@torch.inference_mode()
+def test_a_change_to_what_an_upsampling_convolution_puts_out_is_heard(fresh_weights):
+    fold_upsampling(fresh_weights)
+    upsample = next(m for m in fresh_weights.unet.modules() if isinstance(m, FoldedUpsample))
+    hidden_states = torch.randn(1, upsample.channels, 4, 4)
+    before = upsample(hidden_states)
+    handle = upsample.conv.register_forward_hook(lambda _, inputs, output: output + 1)
+    assert torch.allclose(upsample(hidden_states), before + 1, atol=1e-5)
+    handle.remove()
+    assert torch.equal(upsample(hidden_states), before)
+
+
+def test_memory_that_was_freed_is_there_for_the_next_layer():
+    # In a process of its own: what glibc is told can't be taken back.
+    code = """
+import resource, sys, torch
+from japanese_stable_diffusion.speed import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+unkept = faults()
+keep_memory(None)
+faults()
+print(unkept, faults())
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    unkept, kept = map(int, done.stdout.split())
+    assert kept * 20 < unkept
