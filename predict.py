@@ -152,6 +152,10 @@ class Predictor(BasePredictor):
             description="長い辺が768を超える画像を、小さく作ってから拡大して描き直す。同じものが繰り返されるのを防ぐ。本物の重みだけで働く。 / Make pictures of more than 768 pixels on the longer side small first, then enlarge and repaint them, so that motifs do not repeat. With the real weights only.",
             default=True,
         ),
+        go_fast: bool = Input(
+            description="速く作る。言葉の効きが小さい所の誘導と、あまり変わらない計算を省く。画像は少し変わる。 / Go fast: leave out guidance where it does little, and computing that hardly changes. Pictures differ a little.",
+            default=False,
+        ),
     ) -> List[Path]:
         """Make the pictures; picture i is the one that seed + i makes alone. They stay until the next call."""
         given = {name: value for name, value in locals().items() if name != "self"}

@@ -23,6 +23,7 @@ from japanese_stable_diffusion.images import Start, open_start
 from japanese_stable_diffusion.lora import LoRA
 from japanese_stable_diffusion.request import Request, RequestError
 from japanese_stable_diffusion.schedulers import make_scheduler, remove_noise, skip_steps
+from japanese_stable_diffusion.shortcuts import GO_FAST, Savings, Shortcut
 from japanese_stable_diffusion.tokenizer import MAX_LENGTH
 from japanese_stable_diffusion.weights import Weights
 
@@ -96,7 +97,7 @@ class Kept:
 
 @dataclass
 class Figures:
-    """What a request took: seconds, and passes through the UNet (one for a guided step of a whole batch)."""
+    """What a request took: seconds, and passes through the whole UNet (one for a guided step of a batch)."""
 
     text_seconds: float = 0.0
     denoising_seconds: float = 0.0
@@ -170,6 +171,7 @@ class Pipeline:
         if first_size:
             log.info("second_pass: made at %d × %d, then enlarged to %d × %d", *first_size, width, height)
         seeds = request.seeds
+        savings = GO_FAST if request.go_fast else None
         limit = largest_batch(weights.unet, shape)
         posterior = encode_picture(weights.vae, start.picture, (width, height)) if start else None
         repainted = cover(start.repainted, shape[1:]) if start and start.repainted else None
@@ -195,7 +197,9 @@ class Pipeline:
                 prompt,
                 negative_prompt,
                 request.guidance_scale,
+                figures,
                 kept,
+                savings,
             )
             if first_size:
                 second = self._start_schedule(request)
@@ -206,7 +210,7 @@ class Pipeline:
                 skip_steps(second, skipped_steps(repaint[0]))
                 steps += len(second.timesteps)
                 denoising = self._continue(
-                    denoising, (width, height), repaint, generators, prompt, negative_prompt
+                    denoising, (width, height), repaint, generators, prompt, negative_prompt, figures, savings
                 )
             if lora:
                 denoising = lora.during(denoising)
@@ -215,7 +219,6 @@ class Pipeline:
                 for index, (latents, denoised) in enumerate(denoising, start=1):
                     speed.synchronize(weights.device)
                     figures.denoising_seconds += time.perf_counter() - started
-                    figures.unet_evaluations += 1
                     yield Step(done * steps + index * len(batch), len(seeds) * steps, latents, denoised)
                     started = time.perf_counter()
                 for index, picture in enumerate(alone):
@@ -251,6 +254,8 @@ class Pipeline:
         generators: Sequence[torch.Generator],
         prompt: torch.Tensor,
         negative_prompt: torch.Tensor | None,
+        figures: Figures,
+        savings: Savings | None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The steps of a first pass, then of a second that repaints its pictures enlarged to `size`."""
         for latents, denoised in first_pass:
@@ -260,9 +265,16 @@ class Pipeline:
         posterior = torch.cat([mean for mean, _ in posteriors]), torch.cat([std for _, std in posteriors])
         scheduler = self._start_schedule(repaint[0])
         latents, _ = enter(scheduler, repaint, generators, posterior, None)
-        guidance_scale = repaint[0].guidance_scale
         yield from denoise(
-            self.weights.unet, scheduler, generators, latents, prompt, negative_prompt, guidance_scale
+            self.weights.unet,
+            scheduler,
+            generators,
+            latents,
+            prompt,
+            negative_prompt,
+            repaint[0].guidance_scale,
+            figures,
+            savings=savings,
         )
 
     def _encode(self, request: Request, no_prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -470,7 +482,9 @@ def denoise(
     prompt: torch.Tensor,
     negative_prompt: torch.Tensor | None,
     guidance_scale: float,
+    figures: Figures,
     kept: Kept | None = None,
+    savings: Savings | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Denoise and yield after every step the latents, and what it took them for without noise (float32).
 
@@ -479,23 +493,32 @@ def denoise(
         scheduler: with its timesteps set.
         generators: one per picture, for schedulers that add noise.
         latents: (pictures, channels, height / factor, width / factor), with the noise of the first timestep.
-        prompt: text embedding, (1, 77 × windows, width).
+        prompt: text embedding, (1, 77 × windows, width), or one for each picture.
         negative_prompt: text embedding to steer away from, of the same shape; None for no guidance.
         guidance_scale: w + 1 of equation 6 in Ho & Salimans 2022, as Stable Diffusion counts it; not used
             without a negative prompt.
+        figures: in which evaluations of the UNet are counted.
         kept: what is put back after every step, with the noise that belongs there; None to paint everything.
+        savings: what is left out; None computes everything.
     """
-    embeddings = prompt if negative_prompt is None else torch.cat([negative_prompt, prompt])
-    embeddings = embeddings.repeat_interleave(len(latents), dim=0)
+    towards = prompt.expand(len(latents), -1, -1)
+    both = None if negative_prompt is None else torch.cat([negative_prompt.expand_as(towards), towards])
+    shortcut = Shortcut(unet)
     draws_noise = "generator" in inspect.signature(scheduler.step).parameters
     step_options = {"generator": generators} if draws_noise else {}
     for step, timestep in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(latents, timestep).to(unet.dtype)
-        if negative_prompt is None:
-            predicted = unet(model_input, timestep, embeddings).sample.float()
+        guides = both is not None and (savings is None or savings.guides(scheduler, timestep))
+        text = both if both is not None and guides else towards
+        batch = torch.cat([model_input] * 2) if guides else model_input
+        if savings and step % savings.inner_every and shortcut.knows(len(batch)):
+            predicted = shortcut.outer(batch, timestep, text).float()
         else:
-            away, towards = unet(torch.cat([model_input] * 2), timestep, embeddings).sample.float().chunk(2)
-            predicted = away + guidance_scale * (towards - away)
+            predicted = shortcut(batch, timestep, text).float()
+            figures.unet_evaluations += 1
+        if guides:
+            away, asked = predicted.chunk(2)
+            predicted = away + guidance_scale * (asked - away)
         denoised = remove_noise(scheduler, model_input.float(), predicted, timestep)
         latents = scheduler.step(predicted, timestep, latents, **step_options).prev_sample
         if kept:

@@ -89,6 +89,8 @@ class Parameters:
             settings["Output quality"] = request.output_quality
         if not request.second_pass:
             settings["Second pass"] = "off"
+        if request.go_fast:
+            settings["Go fast"] = "on"
         if _NEGATIVE in f"\n{request.prompt}":
             settings["Prompt length"] = len(request.prompt)
         settings["Version"] = "japanese-stable-diffusion"
@@ -239,6 +241,8 @@ def _optional(settings: dict[str, str]) -> dict[str, Any]:
         inputs["lora_scale"] = _number("Lora scale", settings, float)
     if "Second pass" in settings:
         inputs["second_pass"] = settings["Second pass"] != "off"
+    if "Go fast" in settings:
+        inputs["go_fast"] = settings["Go fast"] == "on"
     if "Output format" in settings:
         inputs["output_format"] = settings["Output format"]
         inputs["output_quality"] = _number("Output quality", settings, int)

@@ -72,6 +72,7 @@ class Request:
     lora: Path | None = None
     lora_scale: float = 1.0
     second_pass: bool = True
+    go_fast: bool = False
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt)
@@ -101,8 +102,8 @@ class Request:
         _check_number("variation_strength", self.variation_strength, *VARIATION_STRENGTH)
         _check_file("lora", self.lora)
         _check_number("lora_scale", self.lora_scale, *LORA_SCALE)
-        if not isinstance(self.second_pass, bool):
-            raise RequestError(f"second_pass: {_show(self.second_pass)} is neither true nor false")
+        _check_switch("second_pass", self.second_pass)
+        _check_switch("go_fast", self.go_fast)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -186,6 +187,11 @@ def _check_integer(name: str, value: object, low: int, high: int) -> None:
         raise RequestError(f"{name}: {_show(value)} is not a whole number; {allowed}")
     if not low <= value <= high:
         raise RequestError(f"{name}: {_show(value)} is out of range; {allowed}")
+
+
+def _check_switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name}: {_show(value)} is neither true nor false")
 
 
 def _check_side(name: str, value: object) -> None:

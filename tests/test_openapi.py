@@ -103,6 +103,7 @@ def components() -> dict[str, Any]:
             {"title": "Lora Scale", "type": "number", "default": 1, "minimum": 0, "maximum": 5},
         ),
         (18, "second_pass", {"title": "Second Pass", "type": "boolean", "default": True}),
+        (19, "go_fast", {"title": "Go Fast", "type": "boolean", "default": False}),
     ],
 )
 def test_each_input(order: int, name: str, expected: dict[str, Any], components: dict[str, Any]) -> None:
@@ -114,7 +115,7 @@ def test_each_input(order: int, name: str, expected: dict[str, Any], components:
 
 
 def test_there_are_no_other_inputs_and_none_is_required(components: dict[str, Any]) -> None:
-    assert len(components["Input"]["properties"]) == 19
+    assert len(components["Input"]["properties"]) == 20
     assert "required" not in components["Input"]
 
 

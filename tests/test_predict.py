@@ -116,6 +116,7 @@ def test_limits_are_those_of_a_request(arguments):
         "lora": {},
         "lora_scale": between(limits.LORA_SCALE),
         "second_pass": {},
+        "go_fast": {},
     }
 
 

@@ -91,6 +91,8 @@ def test_variations_and_loras_come_back():
     assert provenance.parse(str(parameters)) == parameters
     without = replace(parameters, request=replace(request, second_pass=False))
     assert provenance.parse(str(without)) == without
+    fast = replace(parameters, request=replace(request, go_fast=True))
+    assert provenance.parse(str(fast)) == fast
     assert "Variation seed: 7, Variation seed strength: 0.25, Lora hash: 0123456789abcdef" in str(parameters)
 
 

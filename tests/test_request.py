@@ -90,6 +90,7 @@ def test_the_limits_themselves_are_allowed(inputs):
         ({"lora_scale": -0.5}, ["lora_scale", "-0.5", "0 to 5"]),
         ({"second_pass": 1}, ["second_pass", "1", "true", "false"]),
         ({"second_pass": "no"}, ["second_pass", "'no'", "true", "false"]),
+        ({"go_fast": None}, ["go_fast", "None", "true", "false"]),
         ({"lora_scale": math.nan}, ["lora_scale", "nan", "0 to 5"]),
         ({"seed": -1}, ["seed", "-1", "0 to 4294967295"]),
         ({"seed": 2**32}, ["seed", "4294967296", "0 to 4294967295"]),

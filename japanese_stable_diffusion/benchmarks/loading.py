@@ -100,7 +100,7 @@ def _load(folder: Path) -> Loading:
     from predict import Predictor
 
     os.environ["JSD_WEIGHTS"] = str(folder)
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak that the imports left, see proc(5)
     started, worked = time.perf_counter(), time.process_time()
     predictor = Predictor()
@@ -118,11 +118,11 @@ def _load(folder: Path) -> Loading:
         seconds=seconds,
         seconds_used=time.perf_counter() - started,
         processor_seconds=time.process_time() - worked,
-        peak_bytes=_memory("VmHWM") - before,
+        peak_bytes=memory("VmHWM") - before,
     )
 
 
-def _memory(name: str) -> int:
+def memory(name: str) -> int:
     """Bytes of this process that Linux counts under `name`."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[name].split()[0]) * 1024

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,19 @@ BASE_STYLES = frozenset(style.name for style in STYLES if style.in_base)
 
 
 def takes_part(
-    about: dict[str, Any], only_styles_of_base: bool, concepts: frozenset[str] = frozenset()
+    about: dict[str, Any],
+    only_styles_of_base: bool,
+    concepts: frozenset[str] = frozenset(),
+    without_hands: Collection[str] = (),
 ) -> bool:
     """Whether a sample is trained on: compositions that the report tests are left out of every stage.
 
-    ``concepts`` are the only ones that take part, unless there are none.
+    ``concepts`` are the only ones that take part, unless there are none; ``without_hands`` don't.
     """
     if "concept" not in about:
         return True
+    if about.get("hand") in without_hands:
+        return False
     if left_out(about["concept"], about["style"]) or (concepts and about["concept"] not in concepts):
         return False
     return about["style"] in BASE_STYLES or not only_styles_of_base
@@ -55,7 +60,9 @@ class Draws(Dataset[dict[str, Any]]):
     Item ``position`` is one draw: ``picture`` (3, height, width) in -1 to 1 or ``moments``
     (2·channels, height/f, width/f) from the cache of latents, and ``ids`` (77,), the caption's or the
     empty prompt's. With ``partners`` it is no picture but ``ids`` and ``partner_ids`` (77,) of two captions
-    of one. Each epoch has an order of its own, and so do the captions.
+    of one. With ``hands`` it is what each of so many hands drew for the caption's concept and style:
+    ``moments`` (hands, 2·channels, height/f, width/f), and ``drawn`` (hands,), False for nothing.
+    Each epoch has an order of its own, and so do the captions.
     """
 
     def __init__(
@@ -70,7 +77,10 @@ class Draws(Dataset[dict[str, Any]]):
         crop: int = 0,
         partners: bool = False,
         concepts: frozenset[str] = frozenset(),
+        without_hands: Collection[str] = (),
+        hands: int = 0,
     ) -> None:
+        """Raises ValueError if there are more than ``hands`` hands, and that is more than 1."""
         self.shards = shards
         self.language = language
         self.seed = seed
@@ -79,14 +89,23 @@ class Draws(Dataset[dict[str, Any]]):
         self.moments = moments
         self.crop = crop
         self.partners = partners
+        self.hands = hands
         self.members = np.array(
             [
                 index
                 for index, about in enumerate(shards.about)
-                if about[language] and takes_part(about, only_styles_of_base, concepts)
+                if about[language] and takes_part(about, only_styles_of_base, concepts, without_hands)
             ],
             np.int64,
         )
+        if hands > 1:
+            names = sorted({str(shards.about[member].get("hand")) for member in self.members})
+            if len(names) > hands:
+                raise ValueError(f"hands is {hands}, but there are {len(names)}: {', '.join(names)}")
+            self._places = {name: place for place, name in enumerate(names)}
+            self._drawings: dict[tuple[str, str], list[int]] = {}
+            for member in self.members.tolist():
+                self._drawings.setdefault(self._subject(member), []).append(member)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         epoch, place = divmod(position, len(self.members))
@@ -96,6 +115,8 @@ class Draws(Dataset[dict[str, Any]]):
             return self._two_captions(index, position)
         if self.moments is None:
             item["picture"] = to_tensor(self._cut(self.shards.picture(index), position))
+        elif self.hands:
+            item["moments"], item["drawn"] = self._by_hand(index, position)
         else:
             item["moments"] = torch.from_numpy(self.moments[index].astype(np.float32))
         if self.encode:
@@ -105,6 +126,26 @@ class Draws(Dataset[dict[str, Any]]):
             dropped = rng.random() < self.caption_dropout
             item["ids"] = torch.tensor(self.encode("" if dropped else caption))
         return item
+
+    def _subject(self, index: int) -> tuple[str, str]:
+        about = self.shards.about[index]
+        return str(about.get("concept")), str(about.get("style"))
+
+    def _by_hand(self, index: int, position: int) -> tuple[Tensor, Tensor]:
+        """The moments of what each hand drew for a sample's concept and style, one of its drawings each."""
+        assert self.moments is not None
+        moments = torch.zeros(self.hands, *self.moments.shape[1:])
+        drawn = torch.zeros(self.hands, dtype=torch.bool)
+        if self.hands == 1:
+            moments[0], drawn[0] = torch.from_numpy(self.moments[index].astype(np.float32)), True
+            return moments, drawn
+        for other in np.random.default_rng((self.seed, 5, position)).permutation(
+            self._drawings[self._subject(index)]
+        ):
+            place = self._places[str(self.shards.about[other].get("hand"))]
+            if not drawn[place]:
+                moments[place], drawn[place] = torch.from_numpy(self.moments[other].astype(np.float32)), True
+        return moments, drawn
 
     def _two_captions(self, index: int, position: int) -> dict[str, Any]:
         assert self.encode

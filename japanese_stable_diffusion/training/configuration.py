@@ -24,6 +24,8 @@ class Stage:
     from ("" for the configuration's own random start). ``train`` names the models whose weights move.
     ``stop`` ends the stage before ``steps``, over which the learning rate decays (0: it runs to its end).
     ``concepts`` names a file of this folder with the only concepts to train on ("": all of the data).
+    ``without_hands`` names those whose pictures are left out; ``hands`` counts the others, if a guess is to
+    tell them apart (1: it takes them for one).
     ``crop`` trains an autoencoder on squares of so many pixels cut out at random (0: whole pictures).
     """
 
@@ -39,6 +41,8 @@ class Stage:
     language: Literal["ja", "en"] = "ja"
     only_styles_of_base: bool = False
     concepts: str = ""
+    without_hands: tuple[str, ...] = ()
+    hands: int = 1
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
@@ -118,8 +122,12 @@ def read_configuration(name: str) -> Configuration:
                 f"{path}: stage {entry.get('name')} has no entry {', '.join(sorted(unknown))}"
             )
         try:
-            stages.append(Stage(**{**common, **entry, "train": tuple(entry["train"])}))
-        except (KeyError, TypeError) as error:
+            values: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in (common | entry).items()
+            }
+            stages.append(Stage(**values))
+        except TypeError as error:
             raise ConfigurationError(f"{path}: stage {entry.get('name')}: {error}") from None
     try:
         return Configuration(name=path.stem, stages=tuple(stages), **table)

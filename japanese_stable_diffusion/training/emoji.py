@@ -205,10 +205,13 @@ def rasterize(svg: str, size: int) -> Pixels:
 
 
 def place(drawing: Pixels, rng: np.random.Generator) -> Pixels:
-    """Turn, scale and shift a drawing a little, inside its frame."""
+    """Turn, scale and shift a drawing a little, inside its frame.
+
+    By less than what one latent covers: what lies anywhere looks, on average, like nothing.
+    """
     size = drawing.shape[0]
-    turn = cv2.getRotationMatrix2D((size / 2, size / 2), rng.uniform(-9, 9), rng.uniform(0.74, 0.92))
-    turn[:, 2] += rng.uniform(-0.05, 0.05, 2) * size
+    turn = cv2.getRotationMatrix2D((size / 2, size / 2), rng.uniform(-2, 2), rng.uniform(0.84, 0.88))
+    turn[:, 2] += rng.uniform(-0.01, 0.01, 2) * size
     alpha = drawing[..., 3:].astype(np.float32) / 255
     premultiplied = np.concatenate([drawing[..., :3] * alpha, drawing[..., 3:]], -1).astype(np.float32)
     moved = cv2.warpAffine(premultiplied, turn, (size, size), flags=cv2.INTER_AREA)

@@ -73,21 +73,22 @@ PATCH = 2
 
 
 class Guess(ModelMixin, ConfigMixin):
-    """The linear map of ``Picturing``: a text encoder's state at a position → a patch of latents.
+    """The linear maps of ``Picturing``, one for each hand: a text encoder's state → a patch of latents.
 
     Args:
         hidden_size: of the text encoder.
         latent_channels: of the autoencoder.
+        hands: how many there are that pictures are from.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, hidden_size: int, latent_channels: int) -> None:
+    def __init__(self, hidden_size: int, latent_channels: int, hands: int = 1) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, latent_channels * PATCH * PATCH)
+        self.linear = nn.Linear(hidden_size, hands * latent_channels * PATCH * PATCH)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(batch, positions, hidden_size) → (batch, positions, latent_channels · PATCH · PATCH)."""
-        patches: Tensor = self.linear(hidden)
+        """(batch, positions, hidden_size) → (batch, hands, positions, latent_channels · PATCH · PATCH)."""
+        patches: Tensor = self.linear(hidden).unflatten(2, (self.config["hands"], -1)).transpose(1, 2)
         return patches
 
 
@@ -100,8 +101,11 @@ class Picturing(nn.Module):
     to a place, is the same for every caption; a denoiser that has to learn from one summary of the caption
     what belongs where must do so name by name, and takes far longer.
 
-    The map may come from another text encoder's training and stay as it is. Then this text encoder learns to
-    say what that one says, in its own language, from pictures alone.
+    Each hand that pictures are from has a map of its own, for the mean of what many hands draw has no shape:
+    the text has to tell how each would draw it, and the denoiser finds out from the noise which one it is.
+
+    The maps may come from another text encoder's training and stay as they are. Then this text encoder learns
+    to say what that one says, in its own language, from pictures alone.
     """
 
     def __init__(self, text_encoder: CLIPTextModel, guess: Guess) -> None:
@@ -109,19 +113,21 @@ class Picturing(nn.Module):
         self.text_encoder = text_encoder
         self.guess = guess
 
-    def forward(self, latents: Tensor, ids: Tensor) -> Losses:
-        """Scaled ``latents`` (batch, channels, height, width) and ``ids`` (batch, 77).
+    def forward(self, latents: Tensor, ids: Tensor, drawn: Tensor) -> Losses:
+        """What each hand drew: scaled ``latents`` (batch, hands, channels, height, width).
 
+        ``ids`` is (batch, 77); ``drawn`` (batch, hands) is False where a hand drew nothing.
         Raises ValueError if the latents have more patches than the text has positions.
         """
-        patches = functional.unfold(latents.float(), PATCH, stride=PATCH).transpose(1, 2)
+        patches = functional.unfold(latents.float().flatten(0, 1), PATCH, stride=PATCH).transpose(1, 2)
         places = patches.shape[1]
         if places > ids.shape[1]:
             raise ValueError(
                 f"latents have {places} patches of {PATCH}×{PATCH}, the text {ids.shape[1]} positions"
             )
         hidden = self.text_encoder(ids).last_hidden_state.float()[:, -places:]
-        return {"loss": (self.guess(hidden) - patches).pow(2).mean()}
+        errors = (self.guess(hidden) - patches.unflatten(0, drawn.shape)).pow(2).mean(dim=(2, 3))
+        return {"loss": errors[drawn].mean()}
 
 
 class Denoising(nn.Module):

@@ -49,9 +49,9 @@ MODELS: Models = {
 KEPT_CHECKPOINTS = 2
 
 
-def make_model(name: str, configuration: Configuration) -> Any:
-    """A model of the configuration's size with random weights."""
-    options = configuration.models[name]
+def make_model(name: str, configuration: Configuration, **others: Any) -> Any:
+    """A model of the configuration's size, and of ``others`` that it doesn't name, with random weights."""
+    options = configuration.models[name] | others
     if name == "text_encoder":
         return CLIPTextModel(CLIPTextConfig(**options))
     return MODELS[name].from_config(options)
@@ -68,7 +68,8 @@ def start_models(configuration: Configuration, stage: Stage, runs: Path) -> Mode
     models = {}
     for name, origin in stage.start.items():
         if not origin:
-            models[name] = make_model(name, configuration)
+            others = {"hands": stage.hands} if name == "guess" else {}
+            models[name] = make_model(name, configuration, **others)
             continue
         folder = origin_folder(origin, runs) / name
         if not (folder / "config.json").is_file():
@@ -161,6 +162,8 @@ def train(
             f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of micro_batch_size "
             f"{stage.micro_batch_size} × {accelerator.num_processes} processes"
         )
+    if stage.objective == "picturing" and not stage.cache_latents:
+        raise ConfigurationError(f"stage {stage.name}: picturing needs the latents; set cache_latents = true")
     accelerator.gradient_accumulation_steps = share // accelerator.num_processes
     shards = Shards(data)
     models = start_models(configuration, stage, runs)
@@ -213,6 +216,8 @@ def train(
         stage.crop,
         partners=stage.objective == "wording",
         concepts=read_concept_names(stage.concepts),
+        without_hands=stage.without_hands,
+        hands=stage.hands if stage.objective == "picturing" else 0,
     )
     rank, processes = accelerator.process_index, accelerator.num_processes
     order = Steps(step, stage.last_step, stage.batch_size, stage.micro_batch_size, rank, processes)
@@ -313,6 +318,12 @@ def _losses(
         found: dict[str, Tensor] = objective(item["ids"].to(device), item["partner_ids"].to(device))
         return found
     vae = models["vae"]
+    if picturing:
+        mean = item["moments"].to(device).chunk(2, dim=2)[0]
+        pictured: dict[str, Tensor] = objective(
+            mean * scaling, item["ids"].to(device), item["drawn"].to(device)
+        )
+        return pictured
     if "moments" in item:
         mean, logvar = item["moments"].to(device).chunk(2, dim=1)
     elif "ids" in item:
@@ -330,9 +341,6 @@ def _losses(
         t.to(device) for t in noise_for(seed, positions, tuple(mean.shape[1:]), timesteps)
     )
     latents = (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior) * scaling
-    if picturing:
-        pictured: dict[str, Tensor] = objective(latents, item["ids"].to(device))
-        return pictured
     denoised: dict[str, Tensor] = objective(latents, noise, steps, item["ids"].to(device))
     return denoised
 

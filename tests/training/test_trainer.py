@@ -35,7 +35,7 @@ from japanese_stable_diffusion.training.configuration import (
 from japanese_stable_diffusion.training.demo import needed_stages
 from japanese_stable_diffusion.training.emoji import HERE
 from japanese_stable_diffusion.training.export import publish
-from japanese_stable_diffusion.training.objectives import Denoising, Picturing
+from japanese_stable_diffusion.training.objectives import Denoising, Guess, Picturing
 from japanese_stable_diffusion.training.samples import Sample
 from japanese_stable_diffusion.training.shards import Shards, write_shard
 from japanese_stable_diffusion.training.trainer import learning_rate, make_model, train
@@ -105,20 +105,49 @@ def test_another_text_encoder_may_learn_to_say_the_same(runs: Path) -> None:
     assert np.mean(curve[-3:]) < np.mean(curve[:3])
 
 
-def test_each_position_guesses_its_own_patch_of_the_picture() -> None:
+@torch.no_grad()
+def test_each_position_guesses_its_own_patch_of_the_picture_as_each_hand_would_draw_it() -> None:
     configuration = read_configuration(str(TINY))
     torch.manual_seed(0)
-    picturing = Picturing(make_model("text_encoder", configuration), make_model("guess", configuration))
-    ids = torch.randint(4, 60, (1, 77))
-    hidden = picturing.text_encoder(ids).last_hidden_state[0]
-    latents = torch.zeros(1, 4, 8, 8)
-    for place in range(16):
-        top, left = 2 * (place // 4), 2 * (place % 4)
-        patch = picturing.guess(hidden[77 - 16 + place]).reshape(4, 2, 2)
-        latents[0, :, top : top + 2, left : left + 2] = patch
-    assert picturing(latents, ids)["loss"] < 1e-9
+    guess = Guess(hidden_size=16, latent_channels=4, hands=3)
+    picturing = Picturing(make_model("text_encoder", configuration), guess)
+    ids = torch.randint(4, 60, (2, 77))
+    hidden = picturing.text_encoder(ids).last_hidden_state
+    latents = torch.zeros(2, 3, 4, 8, 8)
+    for picture in range(2):
+        for place in range(16):
+            top, left = 2 * (place // 4), 2 * (place % 4)
+            patches = guess.linear(hidden[picture, 77 - 16 + place]).reshape(3, 4, 2, 2)
+            latents[picture, :, :, top : top + 2, left : left + 2] = patches
+    everything = torch.ones(2, 3, dtype=torch.bool)
+    assert picturing(latents, ids, everything)["loss"] < 1e-9
+    latents[1, 2] += 1
+    drawn = torch.tensor([[True, True, True], [True, True, False]])
+    assert picturing(latents, ids, drawn)["loss"] < 1e-9
+    assert picturing(latents, ids, everything)["loss"] == pytest.approx(1 / 6, rel=1e-3)
     with pytest.raises(ValueError, match="100 patches"):
-        picturing(torch.zeros(1, 4, 20, 20), ids)
+        picturing(torch.zeros(2, 3, 4, 20, 20), ids, drawn)
+
+
+def test_what_each_hand_drew_comes_together(drawn: Shards) -> None:
+    moments = np.arange(len(drawn), dtype=np.float16)[:, None, None, None]
+
+    def hands_of(draws: Draws, position: int) -> tuple[list[str], set[tuple[str, str]]]:
+        item = draws[position]
+        members = [int(index) for index in item["moments"].flatten()[item["drawn"]]]
+        about = [drawn.about[member] for member in members]
+        return [a["hand"] for a in about], {(a["concept"], a["style"]) for a in about}
+
+    draws = Draws(drawn, "ja", 7, False, None, 0, moments, hands=6)
+    without = Draws(drawn, "ja", 7, False, None, 0, moments, without_hands=("noto", "fluent"), hands=6)
+    for position in range(20):
+        hands, subjects = hands_of(draws, position)
+        assert hands == sorted(set(hands)) and len(hands) == 6 and len(subjects) == 1
+        assert not {"noto", "fluent"} & set(hands_of(without, position)[0])
+    alone = Draws(drawn, "ja", 7, False, None, 0, moments, hands=1)[3]
+    assert alone["drawn"].tolist() == [True] and len(alone["moments"]) == 1
+    with pytest.raises(ValueError, match="hands is 2, but there are 6"):
+        Draws(drawn, "ja", 7, False, None, 0, moments, hands=2)
 
 
 def test_a_stage_may_keep_to_some_concepts(drawn: Shards) -> None:
