@@ -1,6 +1,7 @@
 """What makes it fast: the device, its precision, batches that fit, and how layers compute."""
 
 import ctypes
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -114,6 +115,24 @@ _MALLOPT = {
     -4: 0,  # M_MMAP_MAX: no block has a mapping of its own, which would go when it is freed
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: up to 2 GiB that are free at the end stay
 }
+
+
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of processor time per period that a container may use, "max" for all, as Linux tells it."""
+
+
+def limit_threads(_: Weights) -> None:
+    """Use no more threads than the container may use processors.
+
+    PyTorch starts one for each processor of the machine. Where the container has a share of them
+    (`docker run --cpus`), the threads would wait for each other most of the time.
+    """
+    if not CPU_MAX.exists():
+        return
+    allowed, period = CPU_MAX.read_text().split()
+    if allowed.isdigit():
+        processors = math.ceil(int(allowed) / int(period))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), processors)))
 
 
 def put_channels_last(weights: Weights) -> None:
@@ -248,6 +267,7 @@ def _is_plain(module: Upsample2D) -> bool:
 
 SWITCHES: dict[str, Callable[[Weights], None]] = {
     "keep_memory": keep_memory,
+    "limit_threads": limit_threads,
     "put_channels_last": put_channels_last,
     "make_linears_pointwise": make_linears_pointwise,
     "remember_keys": remember_keys,

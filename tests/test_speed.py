@@ -13,6 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.utils.flop_counter import FlopCounterMode
 
+from japanese_stable_diffusion import speed
 from japanese_stable_diffusion.speed import (
     SWITCHES,
     DeviceError,
@@ -21,6 +22,7 @@ from japanese_stable_diffusion.speed import (
     choose_device,
     choose_dtype,
     fold_upsampling,
+    limit_threads,
     make_linears_pointwise,
     memory_budget,
     put_channels_last,
@@ -139,6 +141,28 @@ def test_all_switches_together_leave_it_too_and_a_second_time(weights, fresh_wei
     for _ in range(2):
         assert (evaluate(fresh_weights) - evaluate(weights)).abs().max() < ROUNDING
     assert (decode(fresh_weights) - decode(weights)).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("max 100000\n", 5),
+        ("200000 100000\n", 2),
+        ("250000 100000\n", 3),
+        ("1000 100000\n", 1),
+        ("900000 100000", 5),
+    ],
+)
+def test_a_container_uses_as_many_threads_as_it_may(monkeypatch, tmp_path, weights, told, expected):
+    set_to = []
+    monkeypatch.setattr(speed, "CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    limit_threads(weights)
+    assert set_to == []
+    (tmp_path / "cpu.max").write_text(told)
+    limit_threads(weights)
+    assert (set_to or [5]) == [expected]
 
 
 @torch.inference_mode()
