@@ -25,21 +25,11 @@ ENCODED_TOGETHER = 64
 BASE_STYLES = frozenset(style.name for style in STYLES if style.in_base)
 
 
-def takes_part(
-    about: dict[str, Any],
-    only_styles_of_base: bool,
-    concepts: frozenset[str] = frozenset(),
-    without_hands: Collection[str] = (),
-) -> bool:
-    """Whether a sample is trained on: compositions that the report tests are left out of every stage.
-
-    ``concepts`` are the only ones that take part, unless there are none; ``without_hands`` don't.
-    """
+def takes_part(about: dict[str, Any], only_styles_of_base: bool, without_hands: Collection[str] = ()) -> bool:
+    """Whether a sample is trained on: compositions that the report tests are left out of every stage."""
     if "concept" not in about:
         return True
-    if about.get("hand") in without_hands:
-        return False
-    if left_out(about["concept"], about["style"]) or (concepts and about["concept"] not in concepts):
+    if about.get("hand") in without_hands or left_out(about["concept"], about["style"]):
         return False
     return about["style"] in BASE_STYLES or not only_styles_of_base
 
@@ -60,8 +50,8 @@ class Draws(Dataset[dict[str, Any]]):
     Item ``position`` is one draw: ``picture`` (3, height, width) in -1 to 1 or ``moments``
     (2·channels, height/f, width/f) from the cache of latents, and ``ids`` (77,), the caption's or the
     empty prompt's. With ``partners`` it is no picture but ``ids`` and ``partner_ids`` (77,) of two captions
-    of one. With ``hands`` it is what each of so many hands drew for the caption's concept and style:
-    ``moments`` (hands, 2·channels, height/f, width/f), and ``drawn`` (hands,), False for nothing.
+    of one. With ``hands`` there is also what each of so many hands drew for its concept and style:
+    ``drawings`` (hands, 2·channels, height/f, width/f), and ``drawn`` (hands,), False for nothing.
     Each epoch has an order of its own, and so do the captions.
     """
 
@@ -76,7 +66,6 @@ class Draws(Dataset[dict[str, Any]]):
         moments: npt.NDArray[np.float16] | None,
         crop: int = 0,
         partners: bool = False,
-        concepts: frozenset[str] = frozenset(),
         without_hands: Collection[str] = (),
         hands: int = 0,
     ) -> None:
@@ -94,7 +83,7 @@ class Draws(Dataset[dict[str, Any]]):
             [
                 index
                 for index, about in enumerate(shards.about)
-                if about[language] and takes_part(about, only_styles_of_base, concepts, without_hands)
+                if about[language] and takes_part(about, only_styles_of_base, without_hands)
             ],
             np.int64,
         )
@@ -115,10 +104,10 @@ class Draws(Dataset[dict[str, Any]]):
             return self._two_captions(index, position)
         if self.moments is None:
             item["picture"] = to_tensor(self._cut(self.shards.picture(index), position))
-        elif self.hands:
-            item["moments"], item["drawn"] = self._by_hand(index, position)
         else:
             item["moments"] = torch.from_numpy(self.moments[index].astype(np.float32))
+            if self.hands:
+                item["drawings"], item["drawn"] = self._by_hand(index, position)
         if self.encode:
             rng = np.random.default_rng((self.seed, 1, position))
             captions = self.shards.about[index][self.language]
@@ -134,18 +123,19 @@ class Draws(Dataset[dict[str, Any]]):
     def _by_hand(self, index: int, position: int) -> tuple[Tensor, Tensor]:
         """The moments of what each hand drew for a sample's concept and style, one of its drawings each."""
         assert self.moments is not None
-        moments = torch.zeros(self.hands, *self.moments.shape[1:])
+        drawings = torch.zeros(self.hands, *self.moments.shape[1:])
         drawn = torch.zeros(self.hands, dtype=torch.bool)
         if self.hands == 1:
-            moments[0], drawn[0] = torch.from_numpy(self.moments[index].astype(np.float32)), True
-            return moments, drawn
+            drawings[0], drawn[0] = torch.from_numpy(self.moments[index].astype(np.float32)), True
+            return drawings, drawn
         for other in np.random.default_rng((self.seed, 5, position)).permutation(
             self._drawings[self._subject(index)]
         ):
             place = self._places[str(self.shards.about[other].get("hand"))]
             if not drawn[place]:
-                moments[place], drawn[place] = torch.from_numpy(self.moments[other].astype(np.float32)), True
-        return moments, drawn
+                drawings[place] = torch.from_numpy(self.moments[other].astype(np.float32))
+                drawn[place] = True
+        return drawings, drawn
 
     def _two_captions(self, index: int, position: int) -> dict[str, Any]:
         assert self.encode

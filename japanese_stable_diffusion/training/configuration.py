@@ -23,7 +23,6 @@ class Stage:
     ``start`` says for each model which earlier stage, or which weights folder (it has a slash), it comes
     from ("" for the configuration's own random start). ``train`` names the models whose weights move.
     ``stop`` ends the stage before ``steps``, over which the learning rate decays (0: it runs to its end).
-    ``concepts`` names a file of this folder with the only concepts to train on ("": all of the data).
     ``without_hands`` names those whose pictures are left out; ``hands`` counts the others, if a guess is to
     tell them apart (1: it takes them for one).
     ``crop`` trains an autoencoder on squares of so many pixels cut out at random (0: whole pictures).
@@ -40,7 +39,6 @@ class Stage:
     warmup_steps: int
     language: Literal["ja", "en"] = "ja"
     only_styles_of_base: bool = False
-    concepts: str = ""
     without_hands: tuple[str, ...] = ()
     hands: int = 1
     weight_decay: float = 0.01
@@ -88,17 +86,6 @@ class Configuration:
             if stage.name == name:
                 return stage
         raise ConfigurationError(f"stage {name}: {self.name} has {', '.join(s.name for s in self.stages)}")
-
-
-def read_concept_names(name: str) -> frozenset[str]:
-    """The concepts that a file of this folder lists; none if it has no name. Raises ConfigurationError."""
-    if not name:
-        return frozenset()
-    try:
-        lines = (HERE / name).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise ConfigurationError(f"{HERE / name}: not found; it should list concepts") from None
-    return frozenset(word for line in lines if not line.startswith("#") for word in line.split())
 
 
 def read_configuration(name: str) -> Configuration:

@@ -22,8 +22,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from japanese_stable_diffusion.pipeline import encode
+from japanese_stable_diffusion.pipeline import Figures, denoise, draw, encode
 from japanese_stable_diffusion.schedulers import make_scheduler
+from japanese_stable_diffusion.shortcuts import Savings
 from japanese_stable_diffusion.weights import Weights, hash_files, load_weights
 
 from . import emoji
@@ -108,6 +109,7 @@ class Settings:
     guidance_scale: float = 4.0
     limit: int | None = None
     scheduler: str = "DPMSolverMultistep"
+    savings: Savings | None = None
 
 
 def plan(shards: Shards) -> list[Row]:
@@ -209,19 +211,21 @@ def generate(weights: Weights, asks: Sequence[Ask], settings: Settings, descript
             prompted = torch.cat(
                 [encode(weights.tokenizer(ask.prompt).ids, weights.text_encoder) for ask in batch]
             )
-            embeddings = torch.cat([unprompted.expand_as(prompted), prompted])
             scheduler = make_scheduler(settings.scheduler, weights.scheduler_config)
             scheduler.set_timesteps(settings.steps, device=weights.device)
-            noise = [
-                torch.randn((channels, side, side), generator=torch.Generator().manual_seed(ask.seed))
-                for ask in batch
-            ]
-            latents = torch.stack(noise).to(weights.device) * scheduler.init_noise_sigma
-            for timestep in scheduler.timesteps:
-                model_input = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
-                away, towards = unet(model_input, timestep, embeddings).sample.chunk(2)
-                predicted = away + settings.guidance_scale * (towards - away)
-                latents = scheduler.step(predicted, timestep, latents).prev_sample
+            generators = [torch.Generator().manual_seed(ask.seed) for ask in batch]
+            noise = draw(generators, (channels, side, side)).to(weights.device)
+            *_, (latents, _) = denoise(
+                unet,
+                scheduler,
+                generators,
+                noise * scheduler.init_noise_sigma,
+                prompted,
+                unprompted,
+                settings.guidance_scale,
+                Figures(),
+                savings=settings.savings,
+            )
             pictures.append(_decode(weights.vae, latents / weights.vae.config["scaling_factor"]))
             bar.update(len(batch))
     return np.concatenate(pictures)
@@ -372,7 +376,12 @@ class Evaluation:
 
     def pictures(self, row: Row) -> Pixels:
         """The pictures of a row: those kept from last time if model and asks are the same, else new ones."""
-        settings = self.settings.scheduler, self.settings.steps, self.settings.guidance_scale
+        settings = (
+            self.settings.scheduler,
+            self.settings.steps,
+            self.settings.guidance_scale,
+            self.settings.savings,
+        )
         asked = [(ask.prompt, ask.seed) for ask in row.asks]
         key = hashlib.sha256(repr((self._fingerprints[row.model], settings, asked)).encode()).hexdigest()[:12]
         path = self.folder / "pictures" / f"{_file_name(row)}-{key}.npy"

@@ -113,21 +113,28 @@ class Picturing(nn.Module):
         self.text_encoder = text_encoder
         self.guess = guess
 
-    def forward(self, latents: Tensor, ids: Tensor, drawn: Tensor) -> Losses:
-        """What each hand drew: scaled ``latents`` (batch, hands, channels, height, width).
+    def forward(self, drawings: Tensor, drawn: Tensor, ids: Tensor) -> Losses:
+        """What each hand drew: scaled latents (batch, hands, channels, height, width).
 
-        ``ids`` is (batch, 77); ``drawn`` (batch, hands) is False where a hand drew nothing.
-        Raises ValueError if the latents have more patches than the text has positions.
+        ``drawn`` (batch, hands) is False where a hand drew nothing; ``ids`` is (batch, 77).
         """
-        patches = functional.unfold(latents.float().flatten(0, 1), PATCH, stride=PATCH).transpose(1, 2)
-        places = patches.shape[1]
-        if places > ids.shape[1]:
-            raise ValueError(
-                f"latents have {places} patches of {PATCH}×{PATCH}, the text {ids.shape[1]} positions"
-            )
-        hidden = self.text_encoder(ids).last_hidden_state.float()[:, -places:]
-        errors = (self.guess(hidden) - patches.unflatten(0, drawn.shape)).pow(2).mean(dim=(2, 3))
-        return {"loss": errors[drawn].mean()}
+        return {"loss": guess_error(self.guess, self.text_encoder(ids).last_hidden_state, drawings, drawn)}
+
+
+def guess_error(guess: Guess, hidden: Tensor, drawings: Tensor, drawn: Tensor) -> Tensor:
+    """Mean squared error of a guess from the states (batch, 77, hidden_size) of a text encoder.
+
+    ``drawings`` and ``drawn`` are those of ``Picturing``. Raises ValueError if the latents have more patches
+    than the text has positions.
+    """
+    patches = functional.unfold(drawings.float().flatten(0, 1), PATCH, stride=PATCH).transpose(1, 2)
+    places = patches.shape[1]
+    if places > hidden.shape[1]:
+        raise ValueError(
+            f"latents have {places} patches of {PATCH}×{PATCH}, the text {hidden.shape[1]} positions"
+        )
+    guessed = guess(hidden[:, -places:].float())
+    return (guessed - patches.unflatten(0, drawn.shape)).pow(2).mean(dim=(2, 3))[drawn].mean()
 
 
 class Denoising(nn.Module):
@@ -137,6 +144,9 @@ class Denoising(nn.Module):
     (Salimans & Ho 2022, arXiv:2202.00512, app. D), but no more than the limit. Without it, nearly all of
     the error is made where little noise is left, and the text, which matters where there is much, is hardly
     heard.
+
+    With a ``guess``, the error of ``Picturing`` is added, so that a text encoder that learns together with a
+    new denoiser, which takes words for noise at first, does not make them all alike.
     """
 
     def __init__(
@@ -145,24 +155,38 @@ class Denoising(nn.Module):
         text_encoder: CLIPTextModel,
         scheduler: dict[str, Any],
         weight_limit: float,
+        guess: Guess | None = None,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
+        self.guess = guess
         self.noise_schedule = DDPMScheduler(**scheduler)
         # (SNR + 1) / SNR is the inverse of the signal's share of the variance.
         weights = (1 / self.noise_schedule.alphas_cumprod).clamp(max=weight_limit or 1.0)
         self.timestep_weights: Tensor
         self.register_buffer("timestep_weights", weights, persistent=False)
 
-    def forward(self, latents: Tensor, noise: Tensor, timesteps: Tensor, ids: Tensor) -> Losses:
+    def forward(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        ids: Tensor,
+        drawings: Tensor | None = None,
+        drawn: Tensor | None = None,
+    ) -> Losses:
         """The losses of scaled ``latents`` (batch, channels, height, width) and ``noise`` of the same shape.
 
-        ``timesteps`` is (batch,), ``ids`` is (batch, 77).
+        ``timesteps`` is (batch,), ``ids`` is (batch, 77); ``drawings`` and ``drawn`` are for the guess.
         """
         noisy = self.noise_schedule.add_noise(latents, noise, timesteps)
         embeddings = self.text_encoder(ids).last_hidden_state
         predicted = self.unet(noisy, timesteps, embeddings).sample
         errors = (predicted.float() - noise.float()).pow(2).mean(dim=(1, 2, 3))
         weights = self.timestep_weights[timesteps]
-        return {"loss": (errors * weights).mean(), "error": errors.mean()}
+        losses = {"loss": (errors * weights).mean(), "error": errors.mean()}
+        if self.guess is not None and drawings is not None and drawn is not None:
+            losses["guess"] = guess_error(self.guess, embeddings, drawings, drawn)
+            losses["loss"] = losses["loss"] + losses["guess"]
+        return losses

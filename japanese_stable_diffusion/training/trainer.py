@@ -29,7 +29,7 @@ from japanese_stable_diffusion.tokenizer import Tokenizer
 from japanese_stable_diffusion.weights import Manifest, Weights
 
 from .batches import Draws, Steps, cached_moments, fingerprint, loader, noise_for, to_tensor
-from .configuration import Configuration, ConfigurationError, Stage, read_concept_names
+from .configuration import Configuration, ConfigurationError, Stage
 from .evaluation import Ask, Settings, generate, through_autoencoder
 from .export import save_models
 from .objectives import Autoencoding, Denoising, Guess, Picturing, Wording
@@ -105,7 +105,13 @@ def _objective(configuration: Configuration, stage: Stage, models: Models) -> nn
         return Wording(models["text_encoder"])
     if stage.objective == "picturing":
         return Picturing(models["text_encoder"], models["guess"])
-    return Denoising(models["unet"], models["text_encoder"], configuration.scheduler, stage.weight_limit)
+    return Denoising(
+        models["unet"],
+        models["text_encoder"],
+        configuration.scheduler,
+        stage.weight_limit,
+        models.get("guess"),
+    )
 
 
 def _tokenizer_folder(configuration: Configuration, stage: Stage, shards: Shards, runs: Path) -> Path:
@@ -162,8 +168,10 @@ def train(
             f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of micro_batch_size "
             f"{stage.micro_batch_size} × {accelerator.num_processes} processes"
         )
-    if stage.objective == "picturing" and not stage.cache_latents:
-        raise ConfigurationError(f"stage {stage.name}: picturing needs the latents; set cache_latents = true")
+    if "guess" in stage.start and not stage.cache_latents:
+        raise ConfigurationError(
+            f"stage {stage.name}: a guess is of cached latents; set cache_latents = true"
+        )
     accelerator.gradient_accumulation_steps = share // accelerator.num_processes
     shards = Shards(data)
     models = start_models(configuration, stage, runs)
@@ -205,20 +213,22 @@ def train(
     if resumed:
         accelerator.load_state(str(resumed))
         step = int(resumed.name.removeprefix("step-"))
-    draws = Draws(
-        shards,
-        stage.language,
-        configuration.seed,
-        stage.only_styles_of_base,
-        encode,
-        stage.caption_dropout,
-        moments,
-        stage.crop,
-        partners=stage.objective == "wording",
-        concepts=read_concept_names(stage.concepts),
-        without_hands=stage.without_hands,
-        hands=stage.hands if stage.objective == "picturing" else 0,
-    )
+    try:
+        draws = Draws(
+            shards,
+            stage.language,
+            configuration.seed,
+            stage.only_styles_of_base,
+            encode,
+            stage.caption_dropout,
+            moments,
+            stage.crop,
+            partners=stage.objective == "wording",
+            without_hands=stage.without_hands,
+            hands=stage.hands if "guess" in models else 0,
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"stage {stage.name}: {error}") from None
     rank, processes = accelerator.process_index, accelerator.num_processes
     order = Steps(step, stage.last_step, stage.batch_size, stage.micro_batch_size, rank, processes)
     micro_batches = iter(loader(draws, order, stage.workers))
@@ -318,11 +328,14 @@ def _losses(
         found: dict[str, Tensor] = objective(item["ids"].to(device), item["partner_ids"].to(device))
         return found
     vae = models["vae"]
+    drawings = {}
+    if "drawings" in item:
+        drawings = {
+            "drawings": item["drawings"].to(device).chunk(2, dim=2)[0] * scaling,
+            "drawn": item["drawn"].to(device),
+        }
     if picturing:
-        mean = item["moments"].to(device).chunk(2, dim=2)[0]
-        pictured: dict[str, Tensor] = objective(
-            mean * scaling, item["ids"].to(device), item["drawn"].to(device)
-        )
+        pictured: dict[str, Tensor] = objective(ids=item["ids"].to(device), **drawings)
         return pictured
     if "moments" in item:
         mean, logvar = item["moments"].to(device).chunk(2, dim=1)
@@ -341,7 +354,7 @@ def _losses(
         t.to(device) for t in noise_for(seed, positions, tuple(mean.shape[1:]), timesteps)
     )
     latents = (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior) * scaling
-    denoised: dict[str, Tensor] = objective(latents, noise, steps, item["ids"].to(device))
+    denoised: dict[str, Tensor] = objective(latents, noise, steps, item["ids"].to(device), **drawings)
     return denoised
 
 

@@ -29,11 +29,9 @@ from japanese_stable_diffusion.training.batches import (
 from japanese_stable_diffusion.training.configuration import (
     ConfigurationError,
     Stage,
-    read_concept_names,
     read_configuration,
 )
 from japanese_stable_diffusion.training.demo import needed_stages
-from japanese_stable_diffusion.training.emoji import HERE
 from japanese_stable_diffusion.training.export import publish
 from japanese_stable_diffusion.training.objectives import Denoising, Guess, Picturing
 from japanese_stable_diffusion.training.samples import Sample
@@ -120,13 +118,13 @@ def test_each_position_guesses_its_own_patch_of_the_picture_as_each_hand_would_d
             patches = guess.linear(hidden[picture, 77 - 16 + place]).reshape(3, 4, 2, 2)
             latents[picture, :, :, top : top + 2, left : left + 2] = patches
     everything = torch.ones(2, 3, dtype=torch.bool)
-    assert picturing(latents, ids, everything)["loss"] < 1e-9
+    assert picturing(latents, everything, ids)["loss"] < 1e-9
     latents[1, 2] += 1
     drawn = torch.tensor([[True, True, True], [True, True, False]])
-    assert picturing(latents, ids, drawn)["loss"] < 1e-9
-    assert picturing(latents, ids, everything)["loss"] == pytest.approx(1 / 6, rel=1e-3)
+    assert picturing(latents, drawn, ids)["loss"] < 1e-9
+    assert picturing(latents, everything, ids)["loss"] == pytest.approx(1 / 6, rel=1e-3)
     with pytest.raises(ValueError, match="100 patches"):
-        picturing(torch.zeros(2, 3, 4, 20, 20), ids, drawn)
+        picturing(torch.zeros(2, 3, 4, 20, 20), drawn, ids)
 
 
 def test_what_each_hand_drew_comes_together(drawn: Shards) -> None:
@@ -134,7 +132,7 @@ def test_what_each_hand_drew_comes_together(drawn: Shards) -> None:
 
     def hands_of(draws: Draws, position: int) -> tuple[list[str], set[tuple[str, str]]]:
         item = draws[position]
-        members = [int(index) for index in item["moments"].flatten()[item["drawn"]]]
+        members = [int(index) for index in item["drawings"].flatten()[item["drawn"]]]
         about = [drawn.about[member] for member in members]
         return [a["hand"] for a in about], {(a["concept"], a["style"]) for a in about}
 
@@ -145,16 +143,15 @@ def test_what_each_hand_drew_comes_together(drawn: Shards) -> None:
         assert hands == sorted(set(hands)) and len(hands) == 6 and len(subjects) == 1
         assert not {"noto", "fluent"} & set(hands_of(without, position)[0])
     alone = Draws(drawn, "ja", 7, False, None, 0, moments, hands=1)[3]
-    assert alone["drawn"].tolist() == [True] and len(alone["moments"]) == 1
+    assert alone["drawn"].tolist() == [True] and len(alone["drawings"]) == 1
     with pytest.raises(ValueError, match="hands is 2, but there are 6"):
         Draws(drawn, "ja", 7, False, None, 0, moments, hands=2)
 
 
-def test_a_stage_may_keep_to_some_concepts(drawn: Shards) -> None:
-    concepts = frozenset({"🍣"})
-    draws = Draws(drawn, "ja", 7, False, None, 0, None, concepts=concepts)
-    assert {drawn.about[index]["concept"] for index in draws.members} == concepts
-    assert len(Draws(drawn, "ja", 7, False, None, 0, None).members) > len(draws.members)
+def test_a_stage_may_leave_out_hands(drawn: Shards) -> None:
+    draws = Draws(drawn, "ja", 7, False, None, 0, None, without_hands=("noto", "fluent"))
+    hands = {drawn.about[index]["hand"] for index in draws.members}
+    assert hands == {about["hand"] for about in drawn.about} - {"noto", "fluent"}
 
 
 def test_two_captions_of_one_picture_are_partners(drawn: Shards) -> None:
@@ -344,15 +341,9 @@ def test_configurations_are_whole(name: str) -> None:
         assert all(o in configuration.models for o, origin in stage.start.items() if not origin)
 
 
-def test_listed_concepts_are_taught() -> None:
-    taught = {line.split()[0] for line in (HERE / "concepts.txt").read_text().splitlines() if line.strip()}
-    assert read_concept_names("common.txt") <= taught
-    assert not read_concept_names("")
-
-
 def test_needed_stages_come_in_order() -> None:
     configuration = read_configuration("demo")
-    needed = ["autoencoder", "words", "base", "words_ja", "stage1", "stage2"]
+    needed = ["autoencoder", "words", "pictured", "base", "words_ja", "pictured_ja", "stage1", "stage2"]
     assert needed_stages(configuration, "stage2") == needed
 
 
@@ -360,8 +351,6 @@ def test_errors_are_told_in_a_line(drawn_folder: Path, tmp_path: Path) -> None:
     configuration = read_configuration(str(TINY))
     with pytest.raises(ConfigurationError, match="stage3: tiny has autoencoder, words, base, stage1, stage2"):
         configuration.stage("stage3")
-    with pytest.raises(ConfigurationError, match="nothing: not found"):
-        read_concept_names("nothing")
     with pytest.raises(ConfigurationError, match="there are demo, full"):
         read_configuration("nothing")
     with pytest.raises(ConfigurationError, match="starts from autoencoder"):
@@ -369,6 +358,9 @@ def test_errors_are_told_in_a_line(drawn_folder: Path, tmp_path: Path) -> None:
     uneven: Stage = replace(configuration.stage("autoencoder"), batch_size=9)
     with pytest.raises(ConfigurationError, match="batch_size 9"):
         train(configuration, uneven, drawn_folder, tmp_path, cpu=True)
+    direct = configuration.stage("direct")
+    with pytest.raises(ConfigurationError, match=r"direct: .* cache_latents = true"):
+        train(configuration, replace(direct, cache_latents=False), drawn_folder, tmp_path, cpu=True)
     mistyped = tmp_path / "mistyped.toml"
     mistyped.write_text(TINY.read_text().replace("crop = 32", "corp = 32"))
     with pytest.raises(ConfigurationError, match="autoencoder has no entry corp"):
