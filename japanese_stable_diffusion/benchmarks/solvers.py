@@ -1,14 +1,18 @@
 """How many steps a scheduler needs: how far it is from its limit, and what a judge sees in its pictures."""
 
 import json
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from japanese_stable_diffusion.request import SCHEDULERS
+from japanese_stable_diffusion.schedulers import make_scheduler
+from japanese_stable_diffusion.shortcuts import Savings
 from japanese_stable_diffusion.training.claims import read_claims
 from japanese_stable_diffusion.training.evaluation import Ask, Settings, generate, score
 from japanese_stable_diffusion.training.judge import Judge
@@ -20,13 +24,22 @@ LIMIT = 200
 RANDOM = frozenset({"K_EULER_ANCESTRAL"})
 """Schedulers that add noise on the way: their pictures have no limit to be near to."""
 
+SAVINGS = tuple(
+    Savings((low, high), every)
+    for every in (1, 2, 3, 4)
+    for low in (0.0, 0.3, 0.6, 1.0)
+    for high in (math.inf, 10.0, 5.0)
+)[1:]
+"""What may be left out: guidance where there is less or more noise, inner layers at every so many steps."""
+
 
 @dataclass(frozen=True)
 class Point:
     """One scheduler at one number of steps.
 
     Attributes:
-        evaluations: guided evaluations of the UNet for one picture.
+        savings: what is left out; None for nothing.
+        evaluations: of the whole UNet for one picture, of which those without guidance cost half.
         distance: root mean square difference to the same scheduler's pictures at ``LIMIT`` steps, in units of
             0 to 255, the mean over pictures; None for schedulers of ``RANDOM``.
         concept: share of pictures that the judge takes for what was asked for; None without a judge.
@@ -35,15 +48,25 @@ class Point:
 
     scheduler: str
     steps: int
-    evaluations: int
+    evaluations: float
     distance: float | None
     concept: float | None
     style: float | None
+    savings: Savings | None = None
 
 
-def evaluations(scheduler: str, steps: int) -> int:
-    """Guided UNet evaluations for one picture: PNDM repeats its second timestep (`make_scheduler`)."""
-    return steps + 1 if scheduler == "PNDM" and steps > 1 else steps
+def count_evaluations(weights: Weights, scheduler: str, steps: int, savings: Savings | None = None) -> float:
+    """Evaluations of the whole UNet for one picture: 1 with guidance, half of it without.
+
+    PNDM repeats its second timestep (`make_scheduler`).
+    """
+    schedule = make_scheduler(scheduler, weights.scheduler_config)
+    schedule.set_timesteps(steps)
+    count = 0.0
+    for step, timestep in enumerate(schedule.timesteps):
+        if savings is None or not step % savings.inner_every:
+            count += 1 if savings is None or savings.guides(schedule, timestep) else 0.5
+    return count
 
 
 def prompts(count: int) -> list[Ask]:
@@ -64,27 +87,29 @@ def measure(
     steps: Sequence[int],
     guidance_scale: float,
     schedulers: Sequence[str] = SCHEDULERS,
+    savings: Sequence[Savings | None] = (None,),
 ) -> list[Point]:
-    """Every scheduler at every number of steps, from the same noise."""
+    """Every scheduler at every number of steps, with everything that may be left out, from the same noise."""
     points = []
     for scheduler in schedulers:
 
-        def draw(count: int, scheduler: str = scheduler) -> Pixels:
-            settings = Settings(count, guidance_scale, scheduler=scheduler)
+        def draw(count: int, scheduler: str = scheduler, left_out: Savings | None = None) -> Pixels:
+            settings = Settings(count, guidance_scale, scheduler=scheduler, savings=left_out)
             return generate(weights, asks, settings, f"{scheduler}, {count} steps")
 
         limit = None if scheduler in RANDOM else draw(LIMIT)
-        for count in steps:
-            pictures = draw(count)
+        for count, left_out in product(steps, savings):
+            pictures = draw(count, left_out=left_out)
             verdict = score(asks, judge.look(pictures)) if judge else None
             points.append(
                 Point(
                     scheduler,
                     count,
-                    evaluations(scheduler, count),
+                    count_evaluations(weights, scheduler, count, left_out),
                     None if limit is None else distance(pictures, limit),
                     verdict.concept_top1 if verdict else None,
                     verdict.style if verdict else None,
+                    left_out,
                 )
             )
     return points
@@ -98,12 +123,18 @@ def distance(pictures: Pixels, others: Pixels) -> float:
 
 def describe(points: Sequence[Point]) -> str:
     """A table with a line for each point."""
-    lines = [f"{'scheduler':<20}{'steps':>6}{'evaluations':>13}{'distance':>10}{'concept':>9}{'style':>8}"]
+    lines = [
+        f"{'scheduler':<20}{'steps':>6}{'guided σ':>16}{'inner every':>13}{'evaluations':>13}{'distance':>10}"
+        f"{'concept':>9}{'style':>8}"
+    ]
     for point in points:
         far = "-" if point.distance is None else f"{point.distance:.2f}"
         concept, style = ("-" if share is None else f"{share:.1%}" for share in (point.concept, point.style))
+        low, high = point.savings.guided if point.savings else (0.0, math.inf)
+        every = point.savings.inner_every if point.savings else 1
         lines.append(
-            f"{point.scheduler:<20}{point.steps:>6}{point.evaluations:>13}{far:>10}{concept:>9}{style:>8}"
+            f"{point.scheduler:<20}{point.steps:>6}{f'{low:g} to {high:g}':>16}{every:>13}"
+            f"{point.evaluations:>13g}{far:>10}{concept:>9}{style:>8}"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 
 from japanese_stable_diffusion.benchmarks import solvers
 from japanese_stable_diffusion.request import SCHEDULERS
+from japanese_stable_diffusion.shortcuts import Savings
 from japanese_stable_diffusion.weights import Weights, load_weights
 
 
@@ -24,7 +26,7 @@ def test_evaluations_are_those_that_the_unet_sees(weights: Weights, scheduler: s
         solvers.generate(weights, asks, solvers.Settings(4, scheduler=scheduler))
     finally:
         hook.remove()
-    assert solvers.evaluations(scheduler, 4) == len(calls)
+    assert solvers.count_evaluations(weights, scheduler, 4) == len(calls)
 
 
 def test_a_scheduler_comes_nearer_to_its_limit_with_more_steps(weights: Weights) -> None:
@@ -53,13 +55,32 @@ def test_prompts_are_spread_over_all_claims() -> None:
     assert len({ask.seed for ask in many}) == len({ask.prompt for ask in many})
 
 
+def test_what_is_left_out_is_counted(weights: Weights) -> None:
+    count = solvers.count_evaluations
+    everything = Savings((0, math.inf), 1)
+    assert count(weights, "DPMSolverMultistep", 20, everything) == 20
+    assert count(weights, "DPMSolverMultistep", 20, Savings((0, math.inf), 4)) == 5
+    assert count(weights, "DPMSolverMultistep", 20, Savings((100, math.inf), 1)) == 10
+    assert 10 < count(weights, "DPMSolverMultistep", 20, Savings((0.5, 5), 1)) < 20
+
+
+def test_what_is_left_out_takes_pictures_away_from_the_limit(weights: Weights) -> None:
+    given = [None, Savings((0, math.inf), 1), Savings((0, math.inf), 5), Savings((100, math.inf), 1)]
+    nothing, also_nothing, inner, guidance = solvers.measure(
+        weights, None, solvers.prompts(2), [20], 4.0, ["DPMSolverMultistep"], given
+    )
+    assert nothing.distance is not None and also_nothing.distance == nothing.distance
+    assert inner.distance is not None and inner.distance > nothing.distance
+    assert guidance.distance is not None and guidance.distance > nothing.distance
+
+
 def test_points_are_told_and_stored(tmp_path: Path) -> None:
     points = [
         solvers.Point("DDIM", 20, 20, 3.25, 0.9, 1.0),
-        solvers.Point("K_EULER_ANCESTRAL", 20, 20, None, None, None),
+        solvers.Point("K_EULER_ANCESTRAL", 20, 7.5, None, None, None, Savings((0.3, 5), 2)),
     ]
     table = solvers.describe(points).splitlines()
-    assert table[1].split() == ["DDIM", "20", "20", "3.25", "90.0%", "100.0%"]
-    assert table[2].split() == ["K_EULER_ANCESTRAL", "20", "20", "-", "-", "-"]
+    assert table[1].split() == ["DDIM", "20", "0", "to", "inf", "1", "20", "3.25", "90.0%", "100.0%"]
+    assert table[2].split() == ["K_EULER_ANCESTRAL", "20", "0.3", "to", "5", "2", "7.5", "-", "-", "-"]
     solvers.write(points, tmp_path / "new" / "points.json")
     assert json.loads((tmp_path / "new" / "points.json").read_text())[0]["distance"] == 3.25
