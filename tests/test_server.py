@@ -8,10 +8,12 @@ import io
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -26,6 +28,7 @@ import safetensors.torch
 from PIL import Image
 
 from japanese_stable_diffusion.openapi import schema
+from japanese_stable_diffusion.weights import Manifest, write_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"width": 64, "height": 128, "num_inference_steps": 1}
@@ -395,6 +398,54 @@ def test_weights_that_are_not_numbers_are_told_as_unhealthy(tiny_weights: Path, 
     safetensors.torch.save_file(tensors, file)
     with serve(str(broken), tmp_path / "log") as address:
         assert health(address) == "UNHEALTHY"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "count"), [("positive", 100), ("negative", 500)])
+def test_whatever_a_fuzzer_sends_is_answered(
+    tiny_weights: Path, tmp_path: Path, mode: str, count: int
+) -> None:
+    """At least so many cases that fit the schema, and that don't: no 5xx, no hang."""
+    cheap = tmp_path / "weights"
+    shutil.copytree(tiny_weights, cheap)
+    # Every size is drawn at 64 × 64 and enlarged.
+    write_manifest(Manifest("cheap", native_size=64, enlarge=16), cheap)
+    described = schema()
+    if mode == "positive":
+        described["components"]["schemas"]["Input"]["required"] = ["num_inference_steps", "num_outputs"]
+        inputs = described["components"]["schemas"]["Input"]["properties"]
+        inputs["num_inference_steps"]["maximum"] = 3
+        inputs["num_outputs"]["maximum"] = 2
+        for name in ("image", "mask", "lora"):
+            inputs[name]["pattern"] = "^data:"
+    file = tmp_path / "openapi.json"
+    file.write_text(json.dumps(described))
+    (tmp_path / "server").mkdir()
+    with serve(str(cheap), tmp_path / "server" / "log") as address:
+        told = subprocess.run(
+            [
+                *(sys.executable, "-m", "schemathesis.cli", "run", file, "--url", address, "--mode", mode),
+                *(
+                    "--checks",
+                    "not_a_server_error",
+                    "--max-examples",
+                    str(count),
+                    "--seed",
+                    "1",
+                    "--no-color",
+                ),
+                *("--request-timeout", "60", "--suppress-health-check", "all"),
+                *("--phases", "examples,coverage,fuzzing"),
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        print(told.stdout)
+        assert told.returncode == 0
+        cases = re.search(r"(\d+) generated", told.stdout)
+        assert cases and int(cases[1]) >= count
+        assert_it_still_serves(address)
 
 
 @pytest.mark.slow
