@@ -503,7 +503,7 @@ def denoise(
     """
     towards = prompt.expand(len(latents), -1, -1)
     both = None if negative_prompt is None else torch.cat([negative_prompt.expand_as(towards), towards])
-    shortcut = Shortcut(unet)
+    shortcut = Shortcut(unet) if savings else None
     draws_noise = "generator" in inspect.signature(scheduler.step).parameters
     step_options = {"generator": generators} if draws_noise else {}
     for step, timestep in enumerate(scheduler.timesteps):
@@ -511,10 +511,11 @@ def denoise(
         guides = both is not None and (savings is None or savings.guides(scheduler, timestep))
         text = both if both is not None and guides else towards
         batch = torch.cat([model_input] * 2) if guides else model_input
-        if savings and step % savings.inner_every and shortcut.knows(len(batch)):
+        if shortcut and savings and step % savings.inner_every and shortcut.knows(len(batch)):
             predicted = shortcut.outer(batch, timestep, text).float()
         else:
-            predicted = shortcut(batch, timestep, text).float()
+            predicted = shortcut(batch, timestep, text) if shortcut else unet(batch, timestep, text).sample
+            predicted = predicted.float()
             figures.unet_evaluations += 1
         if guides:
             away, asked = predicted.chunk(2)
