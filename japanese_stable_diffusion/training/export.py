@@ -41,6 +41,7 @@ def publish(trained: Path, folder: Path, configuration: Configuration, stage: st
     The manifest names the commit, configuration, seed and data that made the weights, and whose art
     and words they learnt from.
     """
+    commit = _commit()  # before what is checked out differs from it by these very weights
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -62,7 +63,7 @@ def publish(trained: Path, folder: Path, configuration: Configuration, stage: st
         enlarge=configuration.enlarge,
         files=listed,
         sources=sources(),
-        training=Training(_commit(), f"{configuration.name}, stage {stage}", configuration.seed, _data()),
+        training=Training(commit, f"{configuration.name}, stage {stage}", configuration.seed, _data()),
     )
     write_manifest(manifest, folder)
 
