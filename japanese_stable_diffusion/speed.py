@@ -138,20 +138,29 @@ def limit_threads(_: Weights) -> None:
 def put_channels_last(weights: Weights) -> None:
     """Keep the channels of a pixel together, as the kernels for convolutions want them on all devices.
 
-    A layer puts out what its input or its weights ask for. Of the UNet on a CPU only the first layer is
-    copied for that, and convolutions over single pixels say so, whose weights lie in memory the same either
-    way; the others go on with what they get.
+    A layer puts out what its input or its weights ask for. On a CPU only the first layers are copied for it,
+    and convolutions over single pixels say so, whose weights lie in memory the same either way; the others go
+    on with what they get.
     """
-    weights.vae.to(memory_format=torch.channels_last)
+    unet, vae = weights.unet, weights.vae
     if weights.device.type != "cpu":
-        weights.unet.to(memory_format=torch.channels_last)
+        unet.to(memory_format=torch.channels_last)
+        vae.to(memory_format=torch.channels_last)
         return
-    weights.unet.conv_in.to(memory_format=torch.channels_last)
-    for module in weights.unet.modules():
+    for first in (unet.conv_in, vae.encoder.conv_in, vae.decoder.conv_in):
+        first.to(memory_format=torch.channels_last)
+    for module in (*unet.modules(), *vae.modules()):
         if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1):
             outputs, inputs = module.weight.shape[:2]
             weight = module.weight.detach().reshape(outputs, 1, 1, inputs).permute(0, 3, 1, 2)
             module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    for module in vae.modules():
+        if isinstance(module, Attention):
+            module.register_forward_hook(_put_last)
+
+
+def _put_last(_: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.contiguous(memory_format=torch.channels_last)
 
 
 class PointwiseLinear(torch.nn.Linear):
