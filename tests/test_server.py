@@ -161,14 +161,20 @@ def receiver() -> Iterator[Receiver]:
     thread.join()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("server")
+@pytest.fixture(scope="module", params=["tiny", pytest.param("demo", marks=pytest.mark.slow)])
+def weights_folder(request: pytest.FixtureRequest, tiny_weights: Path) -> Path:
+    """Random weights, and those of the repository."""
+    return tiny_weights if request.param == "tiny" else ROOT / "weights" / "demo"
 
 
 @pytest.fixture(scope="module")
-def server(tiny_weights: Path, folder: Path) -> Iterator[str]:
-    with serve(str(tiny_weights), folder / "log") as address:
+def folder(weights_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp(f"server-{weights_folder.name}")
+
+
+@pytest.fixture(scope="module")
+def server(weights_folder: Path, folder: Path) -> Iterator[str]:
+    with serve(str(weights_folder), folder / "log") as address:
         assert health(address) == "READY"
         yield address
 
