@@ -311,6 +311,11 @@ def generated_size(weights: Weights, width: int, height: int) -> tuple[int, int]
         return width, height
     unit = 2 * vae_factor(weights.vae)
     scale = manifest.native_size / math.sqrt(width * height)
+    return scaled_size(width, height, scale, unit)
+
+
+def scaled_size(width: int, height: int, scale: float, unit: int) -> tuple[int, int]:
+    """Width and height times a scale, to the nearest multiples of a unit, but at least one; in pixels."""
     return max(unit, round(width * scale / unit) * unit), max(unit, round(height * scale / unit) * unit)
 
 
@@ -327,7 +332,7 @@ def first_pass_size(weights: Weights, request: Request) -> tuple[int, int] | Non
         return None
     unit = vae_factor(weights.vae) * 2 ** (len(weights.unet.config["block_out_channels"]) - 1)
     scale = min(manifest.native_size / math.sqrt(width * height), longest / max(width, height))
-    return max(unit, round(width * scale / unit) * unit), max(unit, round(height * scale / unit) * unit)
+    return scaled_size(width, height, scale, unit)
 
 
 def largest_batch(unet: UNet2DConditionModel, shape: tuple[int, int, int]) -> int:

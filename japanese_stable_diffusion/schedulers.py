@@ -72,6 +72,12 @@ def skip_steps(scheduler: SchedulerMixin, count: int) -> None:
             scheduler.sigmas = scheduler.sigmas[count:]
 
 
+def signal_share(scheduler: SchedulerMixin, timestep: torch.Tensor) -> torch.Tensor:
+    """The picture's share of the variance of latents at one of the scheduler's timesteps: a scalar, ᾱ."""
+    share: torch.Tensor = scheduler.alphas_cumprod[round(float(timestep))]
+    return share
+
+
 def remove_noise(
     scheduler: SchedulerMixin, scaled: torch.Tensor, predicted: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
@@ -83,7 +89,7 @@ def remove_noise(
         predicted: what it said, of the same shape: the noise, or the velocity of Salimans & Ho 2022.
         timestep: one of the scheduler's.
     """
-    signal = scheduler.alphas_cumprod[round(float(timestep))].to(scaled.device)
+    signal = signal_share(scheduler, timestep).to(scaled.device)
     if scheduler.config["prediction_type"] == "v_prediction":
         return signal.sqrt() * scaled - (1 - signal).sqrt() * predicted
     return (scaled - (1 - signal).sqrt() * predicted) / signal.sqrt()

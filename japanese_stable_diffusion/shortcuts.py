@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin, UNet2DConditionModel
 
+from japanese_stable_diffusion.schedulers import signal_share
+
 
 @dataclass(frozen=True)
 class Savings:
@@ -24,7 +26,7 @@ class Savings:
 
     def guides(self, scheduler: SchedulerMixin, timestep: torch.Tensor) -> bool:
         """Whether there is guidance at a timestep."""
-        signal = float(scheduler.alphas_cumprod[round(float(timestep))])
+        signal = float(signal_share(scheduler, timestep))
         low, high = self.guided
         return bool(low <= ((1 - signal) / signal) ** 0.5 <= high)
 

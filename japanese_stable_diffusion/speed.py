@@ -87,7 +87,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def speed_up(weights: Weights, switches: Iterable[str] | None = None) -> None:
-    """Make the models of a weights folder compute the same in less time. Nothing is computed or copied now.
+    """Make the models of a weights folder compute the same in less time. Next to nothing is copied for it.
 
     Args:
         weights: loaded; their models are changed in place.
@@ -166,7 +166,7 @@ def _put_last(_: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Te
 class PointwiseLinear(torch.nn.Linear):
     """A linear layer that computes on a CPU as a convolution over single pixels.
 
-    That takes PyTorch to oneDNN instead of MKL, which is a third slower on processors that Intel didn't make.
+    That takes PyTorch to oneDNN instead of MKL, which is slow on some processors that Intel didn't make.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

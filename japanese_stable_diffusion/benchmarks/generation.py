@@ -7,6 +7,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -288,8 +289,8 @@ def compare(
     Returns:
         What `describe` shows, ready to be stored as JSON.
     """
-    processes = {way: Process(way, folder) for way in ways}
-    try:
+    with ExitStack() as stack:
+        processes = {way: stack.enter_context(Process(way, folder)) for way in ways}
         first = processes[ways[0]]
         flops = first.measure("flops", job).evaluations
         measured: list[Measured] = []
@@ -298,9 +299,6 @@ def compare(
                 taken = [process.measure(what, job) for process in processes.values()]
                 if turn or what == "make":
                     measured += taken
-    finally:
-        for process in processes.values():
-            process.__exit__(None, None, None)
     return {
         "job": asdict(job),
         "weights": folder.name,
