@@ -127,13 +127,16 @@ class Page:
             *(self._chosen, self._details, self._parameters, self._download),
         ]
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        # Gradio drops a click while the event of the click before hasn't ended, and that is a moment after
+        # its last news, when the button can be pressed again already.
+        pressed: dict[str, Any] = {**hidden, "trigger_mode": "multiple"}
         # Waiting is done in the line, where one can see it and leave it.
-        painting: dict[str, Any] = {**hidden, "concurrency_limit": None}
+        painting: dict[str, Any] = {**pressed, "concurrency_limit": None}
         self._paint.click(self._make, inputs, outputs, **painting)
         seed, count = self._form.component("seed"), self._form.component("num_outputs")
         chosen: list[gr.components.Component] = [field for field in (seed, count) if field]
         self._again.click(
-            lambda made: [str(made.seed), 1][: len(chosen)], self._chosen, chosen, queue=False, **hidden
+            lambda made: [str(made.seed), 1][: len(chosen)], self._chosen, chosen, queue=False, **pressed
         ).then(self._make, inputs, outputs, **painting)
         self._cancel.click(self._leave, queue=False, **hidden)
         self._blocks.unload(self._leave)
@@ -150,6 +153,8 @@ class Page:
         }
         yield {self._cancel: gr.update(interactive=True), **is_busy}
         for news in job.news():
+            if self._jobs.get(request.session_hash, job) is not job:
+                return  # This visitor has begun something else, whose news are told by now.
             if not isinstance(news, Finished):
                 yield {self._news: _describe(news)}
                 continue

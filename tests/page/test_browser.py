@@ -162,6 +162,33 @@ def test_a_wrong_value_is_told_in_one_line(nonsense: str, tab: Tab) -> None:
     paint(tab, 1)
 
 
+def test_a_press_is_heard_from_the_moment_that_the_button_can_be_pressed(tab: Tab) -> None:
+    tab.evaluate("""() => {
+        const button = document.querySelector("#paint");
+        let busy = false;
+        new MutationObserver((_, observer) => {
+            busy ||= button.disabled;
+            if (busy && !button.disabled) {
+                observer.disconnect();
+                button.click();
+            }
+        }).observe(button, {attributeFilter: ["disabled"]});
+    }""")
+    paint(tab, 2)
+
+
+def test_pressing_twice_starts_again(tab: Tab) -> None:
+    fill(tab, ENDLESS)
+    paint_twice = "document.querySelector('#paint').click(); document.querySelector('#paint').click()"
+    tab.evaluate(paint_twice)
+    tab.locator("#news progress").wait_for()
+    assert tab.locator("#cancel").is_enabled() and tab.locator("#paint").is_disabled()
+    tab.click("#cancel")
+    tab.locator("#news", has_text="やめました / Cancelled").wait_for()
+    fill(tab, {**SMALL, "num_outputs": "1"})
+    paint(tab, 1)
+
+
 def test_visitors_stand_in_line_and_who_leaves_makes_room(browser: Browser, tab: Tab, address: str) -> None:
     other = open_tab(browser, address)
     fill(other, ENDLESS)
