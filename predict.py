@@ -36,13 +36,13 @@ class Predictor(BasePredictor):
             log.setLevel(logging.INFO)
         device = choose_device()
         download_if_wanted(WEIGHTS / "japanese-stable-diffusion")
-        weights = load_weights(find_weights(), device, choose_dtype(device))
+        weights = load_weights(find_weights(), device, choose_dtype(device), lazily=True)
         speed_up(weights)
         self.pipeline = Pipeline(weights)
         log.info(
             "weights: %s (%s)", f"{weights.manifest.name} {weights.manifest.version}".strip(), weights.folder
         )
-        log.info("device: %s, %s", device, str(weights.unet.dtype).removeprefix("torch."))
+        log.info("device: %s, %s", device, str(weights.dtype).removeprefix("torch."))
         self.checker = choose_checker(weights)
         self.outputs = output_folder()
 

@@ -135,13 +135,18 @@ def _read_layers(tensors: Any, scale: float, weights: Weights) -> list[_Layer]:
         raise RequestError(f"lora: holds no tensors; {_ALLOWED}")
     told_alphas = _told_alphas(tensors.metadata())
     return [
-        _read_layer(tensors, kinds, scale, modules[name], told_alphas.get(name.split(" ")[0]))
+        _read_layer(tensors, kinds, scale, modules[name], told_alphas.get(name.split(" ")[0]), weights.dtype)
         for name, kinds in keys.items()
     ]
 
 
 def _read_layer(
-    tensors: Any, kinds: dict[str, str], scale: float, module: Any, told_alpha: float | None
+    tensors: Any,
+    kinds: dict[str, str],
+    scale: float,
+    module: Any,
+    told_alpha: float | None,
+    dtype: torch.dtype,
 ) -> _Layer:
     read = {kind: tensors.get_tensor(key).float() for kind, key in kinds.items()}
     if not all(tensor.isfinite().all() for tensor in read.values()):
@@ -152,8 +157,8 @@ def _read_layer(
     up = up * (scale * alpha / rank)
     return _Layer(
         module,
-        down.reshape(rank, *weight.shape[1:]).to(weight.device, weight.dtype),
-        up.reshape(weight.shape[0], rank, *(1,) * (weight.ndim - 2)).to(weight.device, weight.dtype),
+        down.reshape(rank, *weight.shape[1:]).to(weight.device, dtype),
+        up.reshape(weight.shape[0], rank, *(1,) * (weight.ndim - 2)).to(weight.device, dtype),
     )
 
 

@@ -122,7 +122,7 @@ class Pipeline:
         Cheap enough to be asked every second. A device that is lost or broken raises what PyTorch raises.
         """
         first = self.weights.unet.conv_in
-        latents = torch.ones(1, first.in_channels, 8, 8, device=self.weights.device, dtype=first.weight.dtype)
+        latents = torch.ones(1, first.in_channels, 8, 8, device=self.weights.device, dtype=self.weights.dtype)
         return bool(first(latents).isfinite().all())
 
     @cached_property
@@ -172,7 +172,7 @@ class Pipeline:
             log.info("second_pass: made at %d × %d, then enlarged to %d × %d", *first_size, width, height)
         seeds = request.seeds
         savings = GO_FAST if request.go_fast else None
-        limit = largest_batch(weights.unet, shape)
+        limit = largest_batch(weights, shape)
         posterior = encode_picture(weights.vae, start.picture, (width, height)) if start else None
         repainted = cover(start.repainted, shape[1:]) if start and start.repainted else None
         done = 0
@@ -335,11 +335,11 @@ def first_pass_size(weights: Weights, request: Request) -> tuple[int, int] | Non
     return scaled_size(width, height, scale, unit)
 
 
-def largest_batch(unet: UNet2DConditionModel, shape: tuple[int, int, int]) -> int:
+def largest_batch(weights: Weights, shape: tuple[int, int, int]) -> int:
     """How many pictures with latents of this shape the device can denoise together; at least 1."""
-    channels = unet.config["block_out_channels"][0] * ACTIVATIONS_PER_CHANNEL
-    guided_picture: int = 2 * channels * shape[1] * shape[2] * unet.dtype.itemsize
-    return max(1, speed.memory_budget(unet.device) // guided_picture)
+    channels = weights.unet.config["block_out_channels"][0] * ACTIVATIONS_PER_CHANNEL
+    guided_picture: int = 2 * channels * shape[1] * shape[2] * weights.dtype.itemsize
+    return max(1, speed.memory_budget(weights.device) // guided_picture)
 
 
 def encode(
@@ -512,7 +512,7 @@ def denoise(
     draws_noise = "generator" in inspect.signature(scheduler.step).parameters
     step_options = {"generator": generators} if draws_noise else {}
     for step, timestep in enumerate(scheduler.timesteps):
-        model_input = scheduler.scale_model_input(latents, timestep).to(unet.dtype)
+        model_input = scheduler.scale_model_input(latents, timestep).to(prompt.dtype)
         guides = both is not None and (savings is None or savings.guides(scheduler, timestep))
         text = both if both is not None and guides else towards
         batch = torch.cat([model_input] * 2) if guides else model_input

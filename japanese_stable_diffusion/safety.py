@@ -46,9 +46,7 @@ def is_flagged(picture: Image.Image, checker: SafetyChecker) -> bool:
     pixels = checker.image_processor(picture, return_tensors="pt").pixel_values
     # The checker blackens what it flags; it is given something else to blacken.
     stand_in = torch.zeros(1, 1)
-    _, flagged = checker.model(
-        clip_input=pixels.to(checker.model.device, checker.model.dtype), images=stand_in
-    )
+    _, flagged = checker.model(clip_input=pixels.to(checker.model.device), images=stand_in)
     return bool(flagged[0])
 
 

@@ -108,7 +108,12 @@ class SafetyChecker:
 
 @dataclass(frozen=True)
 class Weights:
-    """A loaded weights folder. The VAE is in float32 always: its activations overflow float16."""
+    """A loaded weights folder.
+
+    Attributes:
+        dtype: in which text encoder, UNet and safety checker compute. The VAE is in float32 always: its
+            activations overflow float16.
+    """
 
     folder: Path
     manifest: Manifest
@@ -118,11 +123,19 @@ class Weights:
     vae: AutoencoderKL
     scheduler_config: dict[str, Any]
     safety: SafetyChecker | None
+    dtype: torch.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return torch.device(self.unet.device)
+
+    def convert(self) -> None:
+        """Convert now what was loaded `lazily` and hasn't been used yet."""
+        models: list[torch.nn.Module] = [self.text_encoder, self.unet]
+        for model in [*models, self.safety.model] if self.safety else models:
+            for module in model.modules():
+                _convert(module, self.dtype)
 
 
 def find_weights() -> Path:
@@ -203,7 +216,7 @@ def verify_weights(folder: Path, manifest: Manifest, hashes: bool) -> None:
             raise WeightsError(f"{path}: its SHA-256 is not the one in {MANIFEST}; {WAY_OUT}")
 
 
-def load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Weights:
+def load_weights(folder: Path, device: torch.device, dtype: torch.dtype, lazily: bool = False) -> Weights:
     """Load a weights folder, straight from its memory-mapped files onto the device.
 
     Sizes are compared with the manifest; hashes too where JSD_VERIFY_WEIGHTS is on, which reads all files.
@@ -212,21 +225,25 @@ def load_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> Weig
         folder: in today's layout or in that of 2022.
         device: where to compute.
         dtype: of text encoder, UNet and safety checker; the VAE is in float32.
+        lazily: leave a layer as it is in its file until it computes for the first time, on a CPU. So files in
+            half precision are mapped as quickly as those in single precision, which take no conversion.
 
     Raises:
         WeightsError: a file is missing, truncated or not what it should be.
     """
     manifest = read_manifest(folder)
     verify_weights(folder, manifest, hashes=_are_hashes_wanted())
+    lazily = lazily and device.type == "cpu"
     weights = Weights(
         folder=folder,
         manifest=manifest,
         tokenizer=_load_tokenizer(folder / "tokenizer"),
-        text_encoder=_load_model(folder / "text_encoder", _make_text_encoder, device, dtype),
-        unet=_load_model(folder / "unet", UNet2DConditionModel.from_config, device, dtype),
+        text_encoder=_load_model(folder / "text_encoder", _make_text_encoder, device, dtype, lazily),
+        unet=_load_model(folder / "unet", UNet2DConditionModel.from_config, device, dtype, lazily),
         vae=_load_model(folder / "vae", AutoencoderKL.from_config, device, torch.float32),
         scheduler_config=_read_json(folder / "scheduler" / "scheduler_config.json"),
-        safety=_load_safety_checker(folder, device, dtype),
+        safety=_load_safety_checker(folder, device, dtype, lazily),
+        dtype=dtype,
     )
     _check_fit(weights)
     try:
@@ -289,18 +306,24 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
         raise WeightsError(f"{path}: {_one_line(error)}; {WAY_OUT}") from error
 
 
-def _load_safety_checker(folder: Path, device: torch.device, dtype: torch.dtype) -> SafetyChecker | None:
+def _load_safety_checker(
+    folder: Path, device: torch.device, dtype: torch.dtype, lazily: bool
+) -> SafetyChecker | None:
     if not (folder / "safety_checker").is_dir():
         return None
     config = _read_json(folder / "feature_extractor" / "preprocessor_config.json")
     return SafetyChecker(
         image_processor=CLIPImageProcessorPil.from_dict(config),
-        model=_load_model(folder / "safety_checker", _make_safety_checker, device, dtype),
+        model=_load_model(folder / "safety_checker", _make_safety_checker, device, dtype, lazily),
     )
 
 
 def _load_model(
-    folder: Path, make: Callable[[dict[str, Any]], Model], device: torch.device, dtype: torch.dtype
+    folder: Path,
+    make: Callable[[dict[str, Any]], Model],
+    device: torch.device,
+    dtype: torch.dtype,
+    lazily: bool = False,
 ) -> Model:
     """Build a model that takes no memory, and give it the tensors of its file one by one."""
     config = _read_json(folder / "config.json")
@@ -317,14 +340,34 @@ def _load_model(
     for saved_name, tensor in _read_tensors(path, device):
         name = _todays_name(saved_name, expected)
         if name in expected:
-            tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+            tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() and not lazily else None)
         elif not name.endswith("position_ids"):  # saved in 2022, counted from 0 today
             raise WeightsError(f"{path}: holds {name!r}, which its config.json has no place for; {WAY_OUT}")
     try:
         model.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         raise WeightsError(f"{path}: does not fit its config.json ({_one_line(error)}); {WAY_OUT}") from error
+    if lazily:
+        _convert_when_used(model, dtype)
     return model.to(device).requires_grad_(False).eval()
+
+
+def _convert_when_used(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    def convert(module: torch.nn.Module, _: Any) -> None:
+        hooks.pop(module).remove()
+        # A layer may look at its parts before it calls them, or compute with their weights itself.
+        for part in (module, *module.children()):
+            _convert(part, dtype)
+
+    hooks = {module: module.register_forward_pre_hook(convert) for module in model.modules()}
+
+
+@torch.inference_mode(False)
+def _convert(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Convert what a module holds itself, and not in its parts."""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _find_tensors(folder: Path) -> Path:

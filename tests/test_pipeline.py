@@ -126,7 +126,7 @@ def batch_sizes(pipeline, request):
 
 def test_one_picture_is_tried_however_small_the_memory(weights, monkeypatch):
     shrink_memory(monkeypatch, 4)
-    assert largest_batch(weights.unet, (4, 128, 96)) == 1
+    assert largest_batch(weights, (4, 128, 96)) == 1
 
 
 class SmallDevice(torch.nn.Module):

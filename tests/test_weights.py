@@ -9,10 +9,14 @@ import shutil
 import pytest
 import torch
 from layout_2022 import write_2022_layout
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from japanese_stable_diffusion import weights as weights_module
+from japanese_stable_diffusion.conversion import convert
+from japanese_stable_diffusion.safety import is_flagged
+from japanese_stable_diffusion.speed import speed_up
 from japanese_stable_diffusion.weights import (
     File,
     Manifest,
@@ -99,6 +103,36 @@ def test_half_precision_spares_the_vae(tiny_weights):
 def test_files_in_half_precision_are_computed_in_single(folder):
     save_file({name: tensor.half() for name, tensor in load_file(folder / UNET).items()}, folder / UNET)
     assert {parameter.dtype for parameter in load(folder).unet.parameters()} == {torch.float32}
+
+
+def test_lazily_loaded_layers_are_converted_when_they_compute(folder_2022, folder, tmp_path):
+    convert(folder_2022, tmp_path / "half", "fp16", "half", "1", [])
+    whole = load_weights(tmp_path / "half", CPU, torch.float32)
+    lazy = load_weights(tmp_path / "half", CPU, torch.float32, lazily=True)
+    models = [(lazy.text_encoder, whole.text_encoder), (lazy.unet, whole.unet)]
+    models.append((lazy.safety.model, whole.safety.model))
+    for model, _ in models:
+        assert {tensor.dtype for tensor in model.parameters()} == {torch.float16}
+    speed_up(whole)
+    speed_up(lazy)
+    latents, text = torch.ones(1, 4, 8, 8), torch.tensor([[0, 5, 2]])
+    picture = Image.new("RGB", (64, 64), "red")
+    with torch.inference_mode():
+        texts = [each.text_encoder(text).last_hidden_state for each in (lazy, whole)]
+        assert torch.equal(*texts)
+        assert torch.equal(*(each.unet(latents, 1, texts[0]).sample for each in (lazy, whole)))
+    assert is_flagged(picture, lazy.safety) == is_flagged(picture, whole.safety)
+    for model, expected in models:
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, expected.state_dict()[name]), name
+
+
+def test_what_was_loaded_lazily_can_be_converted_at_once(folder, weights):
+    save_file({name: tensor.half() for name, tensor in load_file(folder / UNET).items()}, folder / UNET)
+    lazy = load_weights(folder, CPU, torch.float32, lazily=True)
+    assert {parameter.dtype for parameter in lazy.unet.parameters()} == {torch.float16}
+    lazy.convert()
+    assert {parameter.dtype for parameter in lazy.unet.parameters()} == {torch.float32}
 
 
 def test_safetensors_go_before_pickles(folder, weights):

@@ -6,6 +6,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from japanese_stable_diffusion.weights import Weights
+
 _CHUNK = 8 * 2**20
 _WIDTHS = (10, 10, 7, 11, 11, 18, 7)
 
@@ -23,9 +27,10 @@ class Loading:
     """One `setup()` in a fresh process, its imports done before.
 
     Attributes:
-        weights_bytes: size of all weights in memory.
-        seconds: until `setup()` returned; parts of the files that it mapped may not have been read by then.
-        seconds_used: until every page of every weight was used once, too.
+        weights_bytes: size of all weights in memory, in the precision in which they are computed.
+        seconds: until `setup()` returned; parts of the files that it mapped may not have been read or
+            converted by then.
+        seconds_used: until every page of every weight was converted and used once, too.
         processor_seconds: of these, what the processor worked for this process.
         peak_bytes: most memory at any moment of it, beyond what the process held before.
     """
@@ -107,10 +112,8 @@ def _load(folder: Path) -> Loading:
     predictor.setup()
     seconds = time.perf_counter() - started
     weights = predictor.pipeline.weights
-    models = [weights.text_encoder, weights.unet, weights.vae]
-    if weights.safety:
-        models.append(weights.safety.model)
-    tensors = [tensor for model in models for tensor in model.state_dict().values()]
+    weights.convert()
+    tensors = _tensors(weights)
     for tensor in tensors:
         tensor.flatten()[:: 4096 // tensor.itemsize].sum()
     return Loading(
@@ -120,6 +123,13 @@ def _load(folder: Path) -> Loading:
         processor_seconds=time.process_time() - worked,
         peak_bytes=memory("VmHWM") - before,
     )
+
+
+def _tensors(weights: Weights) -> list[torch.Tensor]:
+    models: list[torch.nn.Module] = [weights.text_encoder, weights.unet, weights.vae]
+    if weights.safety:
+        models.append(weights.safety.model)
+    return [tensor for model in models for tensor in model.state_dict().values()]
 
 
 def memory(name: str) -> int:

@@ -380,7 +380,9 @@ def _sample(
     else:
         about = Manifest(folder.name, native_size=configuration.resolution, enlarge=configuration.enlarge)
         parts = models["text_encoder"], models["unet"], models["vae"]
-        weights = Weights(folder, about, tokenizer, *parts, configuration.scheduler, safety=None)
+        weights = Weights(
+            folder, about, tokenizer, *parts, configuration.scheduler, safety=None, dtype=torch.float32
+        )
         prompts = configuration.prompts[stage.language]
         asks = [Ask(prompt, "", seed, (), None) for seed, prompt in enumerate(prompts)]
         pictures = generate(weights, asks, Settings())
