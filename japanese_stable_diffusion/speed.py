@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.upsampling import Upsample2D
 from torch.nn.functional import conv2d, pad
 
+from japanese_stable_diffusion import winograd
 from japanese_stable_diffusion.weights import Weights
 
 
@@ -274,6 +275,27 @@ def _is_plain(module: Upsample2D) -> bool:
     )
 
 
+def filter_minimally(weights: Weights) -> None:
+    """Make convolutions of many channels `WinogradConv2d` on a CPU, as far as memory for their kernels goes.
+
+    Those with the smallest kernels go first: they see the most pixels.
+    """
+    if weights.device.type != "cpu":
+        return
+    budget = memory_budget(weights.device)
+    layers = [
+        module
+        for model in (weights.unet, weights.vae)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Conv2d) and winograd.fits(module)
+    ]
+    for layer in sorted(layers, key=winograd.kernel_bytes):
+        budget -= winograd.kernel_bytes(layer)
+        if budget < 0:
+            break
+        layer.__class__ = winograd.WinogradConv2d
+
+
 SWITCHES: dict[str, Callable[[Weights], None]] = {
     "keep_memory": keep_memory,
     "limit_threads": limit_threads,
@@ -281,5 +303,6 @@ SWITCHES: dict[str, Callable[[Weights], None]] = {
     "make_linears_pointwise": make_linears_pointwise,
     "remember_keys": remember_keys,
     "fold_upsampling": fold_upsampling,
+    "filter_minimally": filter_minimally,
 }
 """All that `speed_up` does, by name. `scripts/benchmark --switches` measures each alone."""

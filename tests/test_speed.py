@@ -13,7 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.utils.flop_counter import FlopCounterMode
 
-from japanese_stable_diffusion import speed
+from japanese_stable_diffusion import speed, winograd
 from japanese_stable_diffusion.speed import (
     SWITCHES,
     DeviceError,
@@ -21,6 +21,7 @@ from japanese_stable_diffusion.speed import (
     RememberingLinear,
     choose_device,
     choose_dtype,
+    filter_minimally,
     fold_upsampling,
     limit_threads,
     make_linears_pointwise,
@@ -30,6 +31,7 @@ from japanese_stable_diffusion.speed import (
     speed_up,
 )
 from japanese_stable_diffusion.weights import Weights, load_weights
+from japanese_stable_diffusion.winograd import WinogradConv2d
 
 ROUNDING = 5e-5
 """Of pixels and latents with values around 1, where sums are computed in another order."""
@@ -252,3 +254,47 @@ print(unkept, faults())
     )
     unkept, kept = map(int, done.stdout.split())
     assert kept * 20 < unkept
+
+
+@pytest.fixture
+def wide_weights(fresh_weights: Weights) -> Weights:
+    """Some layers with enough channels to be filtered minimally."""
+    torch.manual_seed(5)
+    resnets = [ResnetBlock2D(in_channels=192, out_channels=width, temb_channels=None) for width in (192, 256)]
+    fresh_weights.unet.wide = torch.nn.ModuleList(resnets).eval()
+    return fresh_weights
+
+
+@torch.inference_mode()
+def test_convolutions_of_many_channels_are_filtered_minimally(wide_weights):
+    hidden = torch.randn(2, 192, 12, 10)
+    expected = [resnet(hidden, None) for resnet in wide_weights.unet.wide]
+    filter_minimally(wide_weights)
+    wide = [module for module in wide_weights.unet.modules() if isinstance(module, WinogradConv2d)]
+    assert len(wide) == 4
+    for resnet, output in zip(wide_weights.unet.wide, expected, strict=True):
+        assert (resnet(hidden, None) - output).abs().max() < ROUNDING
+    assert all(layer._kernels is not None for layer in wide)
+
+
+@torch.inference_mode()
+def test_a_model_of_nothing_but_minimal_filtering_leaves_what_is_computed_as_it_is(
+    weights, fresh_weights, monkeypatch
+):
+    monkeypatch.setattr(winograd, "MANY_CHANNELS", 1)
+    speed_up(fresh_weights)
+    for model in (fresh_weights.unet, fresh_weights.vae):
+        assert not any(winograd.fits(module) for module in model.modules())
+    assert (evaluate(fresh_weights) - evaluate(weights)).abs().max() < ROUNDING
+    # A written picture's values are 2 / 255 apart.
+    assert (decode(fresh_weights) - decode(weights)).abs().max() < 2 / 255 / 50
+
+
+def test_their_kernels_take_no_more_memory_than_there_is(wide_weights, monkeypatch):
+    first, *_, last = sorted(
+        (module for module in wide_weights.unet.wide.modules() if winograd.fits(module)),
+        key=winograd.kernel_bytes,
+    )
+    monkeypatch.setattr(speed, "memory_budget", lambda device: 2 * winograd.kernel_bytes(first))
+    filter_minimally(wide_weights)
+    assert isinstance(first, WinogradConv2d) and not isinstance(last, WinogradConv2d)
