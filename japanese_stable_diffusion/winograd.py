@@ -109,8 +109,11 @@ def _polynomial(roots: Sequence[float]) -> Tensor:
 
 def transform_kernels(weight: Tensor, tile: int) -> Tensor:
     """(out_channels, in_channels, 3, 3) → ((tile + 2)², in_channels, out_channels)."""
-    kernels = transforms(tile)[0].to(weight.dtype)
-    return torch.einsum("yi,xj,ocij->yxco", kernels, kernels, weight).flatten(0, 1).contiguous()
+    matrix = transforms(tile)[0]
+    taps = weight.permute(2, 3, 1, 0).reshape(TAPS**2, -1)
+    kernels = weight.new_empty((tile + TAPS - 1) ** 2, *weight.shape[1::-1])
+    torch.mm(torch.kron(matrix, matrix).to(weight.dtype), taps, out=kernels.flatten(1))
+    return kernels
 
 
 def convolve(input: Tensor, kernels: Tensor, bias: Tensor | None, tile: int) -> Tensor:
