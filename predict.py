@@ -91,9 +91,18 @@ class Predictor(BasePredictor):
             le=20,
         ),
         scheduler: str = Input(
-            description="ノイズ除去の方法。 / The method of denoising.",
+            description="ノイズ除去の方法。LCMは少ないステップ用の重みやLoRAのため。 / The method of denoising. LCM is for weights and LoRAs made for few steps.",
             default="DPMSolverMultistep",
-            choices=["DPMSolverMultistep", "PNDM", "DDIM", "KLMS", "K_EULER", "K_EULER_ANCESTRAL", "UniPC"],
+            choices=[
+                "DPMSolverMultistep",
+                "PNDM",
+                "DDIM",
+                "KLMS",
+                "K_EULER",
+                "K_EULER_ANCESTRAL",
+                "UniPC",
+                "LCM",
+            ],
         ),
         seed: Optional[int] = Input(
             description="乱数の種。同じ種なら同じ画像になる。空ならランダム。 / Random seed; the same seed gives the same picture. Leave empty for a random one.",

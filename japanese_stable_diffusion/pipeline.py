@@ -25,7 +25,7 @@ from japanese_stable_diffusion.request import Request, RequestError
 from japanese_stable_diffusion.schedulers import make_scheduler, remove_noise, skip_steps
 from japanese_stable_diffusion.shortcuts import GO_FAST, Savings, Shortcut
 from japanese_stable_diffusion.tokenizer import MAX_LENGTH
-from japanese_stable_diffusion.weights import Weights
+from japanese_stable_diffusion.weights import Manifest, Weights
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,8 @@ class Pipeline:
             RequestError: the picture or mask to start from or the LoRA can't be used, or not even one picture
                 of this size fits into the memory of the device.
         """
-        weights, figures, request = self.weights, figures or Figures(), request.with_seed()
+        weights, figures = self.weights, figures or Figures()
+        request = for_few_steps(request.with_seed(), weights.manifest)
         start = open_start(request)
         if start:
             request = replace(request, width=start.picture.width, height=start.picture.height)
@@ -294,6 +295,18 @@ class Pipeline:
             log.info("%s: is encoded in %d windows of %d tokens", name, len(windows), MAX_LENGTH)
         encoded = [encode(window.ids, self.weights.text_encoder, window.weights) for window in windows]
         return torch.cat(encoded, dim=1)
+
+
+def for_few_steps(request: Request, manifest: Manifest) -> Request:
+    """The request as weights that are distilled for few steps can be asked; as it is for all others.
+
+    They know no guidance and no solver but LCM. How many steps that takes may still be asked for.
+    """
+    if not manifest.few_steps:
+        return request
+    steps = request.num_inference_steps if request.scheduler == "LCM" else manifest.few_steps
+    log.info("scheduler: LCM, %d steps without guidance, as these weights are distilled for few steps", steps)
+    return replace(request, scheduler="LCM", num_inference_steps=steps, guidance_scale=1.0, go_fast=False)
 
 
 def vae_factor(vae: AutoencoderKL) -> int:

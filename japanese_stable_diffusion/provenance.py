@@ -26,6 +26,7 @@ SAMPLERS = {
     "K_EULER": "Euler",
     "K_EULER_ANCESTRAL": "Euler a",
     "UniPC": "UniPC",
+    "LCM": "LCM",
 }
 """Our scheduler names → those of the web UI."""
 

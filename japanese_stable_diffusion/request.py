@@ -33,7 +33,9 @@ PICTURE_PIXELS = 50_000_000
 """Most pixels in a picture that is sent."""
 OUTPUT_FORMATS = ("png", "jpg", "webp")
 OUTPUT_QUALITY = (0, 100)
-SCHEDULERS = ("DPMSolverMultistep", "PNDM", "DDIM", "KLMS", "K_EULER", "K_EULER_ANCESTRAL", "UniPC")
+SCHEDULERS = ("DPMSolverMultistep", "PNDM", "DDIM", "KLMS", "K_EULER", "K_EULER_ANCESTRAL", "UniPC", "LCM")
+LCM_STEPS = 50
+"""Steps of the grid that latent consistency models are distilled on, and so the most that LCM can take."""
 
 
 _URL_ALLOWED = "an http, https or data URL is allowed"
@@ -88,6 +90,11 @@ class Request:
         _check_integer("num_inference_steps", self.num_inference_steps, *NUM_INFERENCE_STEPS)
         _check_number("guidance_scale", self.guidance_scale, *GUIDANCE_SCALE)
         _check_choice("scheduler", self.scheduler, SCHEDULERS)
+        if self.scheduler == "LCM" and self.num_inference_steps > LCM_STEPS:
+            raise RequestError(
+                f"num_inference_steps: {self.num_inference_steps} is more than the scheduler LCM can take; "
+                f"with it, a whole number from 1 to {LCM_STEPS} is allowed, and 4 to 8 is plenty"
+            )
         if self.seed is not None:
             _check_integer("seed", self.seed, *SEEDS)
         _check_file("image", self.image)

@@ -9,11 +9,14 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+
+from japanese_stable_diffusion.request import LCM_STEPS
 
 _NOISE_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -33,6 +36,7 @@ _SCHEDULERS: dict[str, tuple[Callable[..., SchedulerMixin], dict[str, Any]]] = {
     "K_EULER": (EulerDiscreteScheduler, {}),
     "K_EULER_ANCESTRAL": (EulerAncestralDiscreteScheduler, {}),
     "UniPC": (UniPCMultistepScheduler, {}),
+    "LCM": (LCMScheduler, {"original_inference_steps": LCM_STEPS}),
 }
 
 
@@ -70,6 +74,9 @@ def skip_steps(scheduler: SchedulerMixin, count: int) -> None:
         scheduler.timesteps = scheduler.timesteps[count:]
         if hasattr(scheduler, "sigmas"):
             scheduler.sigmas = scheduler.sigmas[count:]
+    if isinstance(scheduler, LCMScheduler):
+        # It adds noise after each step but the last of so many.
+        scheduler.num_inference_steps = len(scheduler.timesteps)
 
 
 def signal_share(scheduler: SchedulerMixin, timestep: torch.Tensor) -> torch.Tensor:

@@ -82,6 +82,8 @@ class Manifest:
         name: of the weights.
         version: of the weights.
         native_size: side in pixels of the square pictures that the model was trained on.
+        few_steps: 0 for an ordinary model; above it, the weights are distilled to make pictures in so many
+            steps with the scheduler LCM and without guidance.
         enlarge: 1 if pictures are made at the size asked for; above it, they are made with about
             `native_size`² pixels and enlarged to the size asked for.
         files: size and hash of each file, by its path in the folder with forward slashes.
@@ -93,6 +95,7 @@ class Manifest:
     version: str = ""
     native_size: int = 512
     enlarge: int = 1
+    few_steps: int = 0
     files: dict[str, File] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
     training: Training | None = None
@@ -177,7 +180,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     except (AttributeError, TypeError) as error:
         raise WeightsError(f"{path}: is not a manifest of weights ({_one_line(error)}); {WAY_OUT}") from error
-    for name, low in (("native_size", 8), ("enlarge", 1)):
+    for name, low in (("native_size", 8), ("enlarge", 1), ("few_steps", 0)):
         value = getattr(manifest, name)
         if type(value) is not int or value < low:
             raise WeightsError(

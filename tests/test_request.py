@@ -70,6 +70,7 @@ def test_the_limits_themselves_are_allowed(inputs):
         ({"guidance_scale": "7.5"}, ["guidance_scale", "'7.5'", "number"]),
         ({"guidance_scale": True}, ["guidance_scale", "True", "number"]),
         ({"scheduler": "EULER"}, ["scheduler", "EULER", "K_EULER, K_EULER_ANCESTRAL"]),
+        ({"scheduler": "LCM", "num_inference_steps": 51}, ["num_inference_steps", "51", "LCM", "1 to 50"]),
         ({"scheduler": ["PNDM"]}, ["scheduler", "PNDM", "DDIM"]),
         ({"image": "/etc/passwd"}, ["image", "'/etc/passwd'", "http, https or data URL"]),
         ({"image": "file:///etc/passwd"}, ["image", "'file:///etc/passwd'", "http, https or data URL"]),

@@ -4,12 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from japanese_stable_diffusion.request import NUM_INFERENCE_STEPS, SCHEDULERS
+from japanese_stable_diffusion.request import LCM_STEPS, NUM_INFERENCE_STEPS, SCHEDULERS
 from japanese_stable_diffusion.schedulers import make_scheduler, remove_noise, skip_steps
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 25, 300, NUM_INFERENCE_STEPS[1]])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        (name, steps)
+        for name in SCHEDULERS
+        for steps in (1, 2, 3, 25, *((LCM_STEPS,) if name == "LCM" else (300, NUM_INFERENCE_STEPS[1])))
+    ],
+)
 def test_steps_are_evaluations_and_pndm_makes_one_more(name, steps):
     scheduler = make_scheduler(name, {})
     scheduler.set_timesteps(steps)
@@ -35,6 +41,7 @@ def test_steps_are_evaluations_and_pndm_makes_one_more(name, steps):
         ("K_EULER", "EulerDiscreteScheduler", {"steps_offset": 0}),
         ("K_EULER_ANCESTRAL", "EulerAncestralDiscreteScheduler", {"steps_offset": 0}),
         ("UniPC", "UniPCMultistepScheduler", {"solver_order": 2}),
+        ("LCM", "LCMScheduler", {"original_inference_steps": 50, "clip_sample": False}),
     ],
 )
 def test_settings_are_those_of_upstream(name, made, settings):
@@ -76,7 +83,7 @@ def test_a_picture_gets_rid_of_the_noise_that_it_was_given(name, count):
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, timestep)
         predicted = noise
-        if name == "K_EULER_ANCESTRAL":
+        if name in ("K_EULER_ANCESTRAL", "LCM"):
             # It adds noise of its own, which then has to be predicted too.
             sigma = np.interp(timestep, np.arange(1000), ((1 - kept) / kept) ** 0.5)
             share = 1 / (1 + sigma**2)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from japanese_stable_diffusion.request import SCHEDULERS
+from japanese_stable_diffusion.request import SCHEDULERS, Request
 from japanese_stable_diffusion.schedulers import make_scheduler
 from japanese_stable_diffusion.shortcuts import Savings
 from japanese_stable_diffusion.training.claims import read_claims
@@ -21,7 +21,7 @@ from japanese_stable_diffusion.weights import Weights
 
 LIMIT = 200
 """Steps after which a scheduler's picture is taken for its limit."""
-RANDOM = frozenset({"K_EULER_ANCESTRAL"})
+RANDOM = frozenset({"K_EULER_ANCESTRAL", "LCM"})
 """Schedulers that add noise on the way: their pictures have no limit to be near to."""
 
 SAVINGS = tuple(
@@ -55,7 +55,13 @@ class Point:
     savings: Savings | None = None
 
 
-def count_evaluations(weights: Weights, scheduler: str, steps: int, savings: Savings | None = None) -> float:
+def count_evaluations(
+    weights: Weights,
+    scheduler: str,
+    steps: int,
+    savings: Savings | None = None,
+    guidance_scale: float = Request.guidance_scale,
+) -> float:
     """Evaluations of the whole UNet for one picture: 1 with guidance, half of it without.
 
     PNDM repeats its second timestep (`make_scheduler`).
@@ -65,7 +71,8 @@ def count_evaluations(weights: Weights, scheduler: str, steps: int, savings: Sav
     count = 0.0
     for step, timestep in enumerate(schedule.timesteps):
         if savings is None or not step % savings.inner_every:
-            count += 1 if savings is None or savings.guides(schedule, timestep) else 0.5
+            guides = guidance_scale > 1 and (savings is None or savings.guides(schedule, timestep))
+            count += 1 if guides else 0.5
     return count
 
 
@@ -105,7 +112,7 @@ def measure(
                 Point(
                     scheduler,
                     count,
-                    count_evaluations(weights, scheduler, count, left_out),
+                    count_evaluations(weights, scheduler, count, left_out, guidance_scale),
                     None if limit is None else distance(pictures, limit),
                     verdict.concept_top1 if verdict else None,
                     verdict.style if verdict else None,

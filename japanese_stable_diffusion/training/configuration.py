@@ -25,11 +25,13 @@ class Stage:
     ``stop`` ends the stage before ``steps``, over which the learning rate decays (0: it runs to its end).
     ``without_hands`` names those whose pictures are left out; ``hands`` counts the others, if a guess is to
     tell them apart (1: it takes them for one).
+    ``few_steps`` is how many a denoiser is distilled for (0: it isn't), and ``guidance_scale`` what it learns
+    to do without.
     ``crop`` trains an autoencoder on squares of so many pixels cut out at random (0: whole pictures).
     """
 
     name: str
-    objective: Literal["autoencoding", "wording", "picturing", "denoising"]
+    objective: Literal["autoencoding", "wording", "picturing", "denoising", "consistency"]
     train: tuple[str, ...]
     start: dict[str, str]
     steps: int
@@ -46,7 +48,9 @@ class Stage:
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
     weight_limit: float = 0.0
+    guidance_scale: float = 7.5
     kl_weight: float = 1e-4
+    few_steps: int = 0
     crop: int = 0
     stop: int = 0
     cache_latents: bool = True

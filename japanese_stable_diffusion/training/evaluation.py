@@ -221,7 +221,7 @@ def generate(weights: Weights, asks: Sequence[Ask], settings: Settings, descript
                 generators,
                 noise * scheduler.init_noise_sigma,
                 prompted,
-                unprompted,
+                unprompted if settings.guidance_scale > 1 else None,
                 settings.guidance_scale,
                 Figures(),
                 savings=settings.savings,

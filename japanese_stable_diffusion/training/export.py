@@ -61,6 +61,7 @@ def publish(trained: Path, folder: Path, configuration: Configuration, stage: st
         version=version,
         native_size=configuration.resolution,
         enlarge=configuration.enlarge,
+        few_steps=configuration.stage(stage).few_steps,
         files=listed,
         sources=sources(),
         training=Training(commit, f"{configuration.name}, stage {stage}", configuration.seed, _data()),

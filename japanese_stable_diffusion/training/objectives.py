@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel
+
+from japanese_stable_diffusion.schedulers import make_scheduler
 
 Losses = dict[str, Tensor]
 
@@ -190,3 +192,86 @@ class Denoising(nn.Module):
             losses["guess"] = guess_error(self.guess, embeddings, drawings, drawn)
             losses["loss"] = losses["loss"] + losses["guess"]
         return losses
+
+
+HUBER = 1e-3
+"""Below a root mean square of so much, an error of consistency counts as its square (Luo et al. 2023)."""
+
+
+class Consistency(nn.Module):
+    """Latent consistency distillation (Luo et al. 2023, arXiv:2310.04378, algorithm 1).
+
+    The student says at once where a path of the teacher's, with guidance, ends, whichever point of the path
+    it is shown: what it says of a point must be what it says of the next. That one counts as given (Song &
+    Dhariwal 2023, arXiv:2310.14189, found no use in averaging the weights that say it). Steps are those of
+    DDIM between points of the grid that the scheduler LCM takes its own from.
+
+    Args:
+        unet: the student; begins as the teacher.
+        teacher: predicts noise, and isn't trained.
+        text_encoder: of both.
+        scheduler: the noise schedule.
+        guidance_scale: that the student learns to do without.
+        unconditional_ids: of the empty caption, (77,).
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        teacher: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        scheduler: dict[str, Any],
+        guidance_scale: float,
+        unconditional_ids: Tensor,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.teacher = teacher
+        self.text_encoder = text_encoder
+        self.guidance_scale = guidance_scale
+        self.noise_schedule: LCMScheduler = make_scheduler("LCM", scheduler)
+        grid = self.noise_schedule.config["original_inference_steps"]
+        self.spacing = self.noise_schedule.config["num_train_timesteps"] // grid
+        self.signal: Tensor
+        self.unconditional_ids: Tensor
+        self.register_buffer("signal", self.noise_schedule.alphas_cumprod, persistent=False)
+        self.register_buffer("unconditional_ids", unconditional_ids, persistent=False)
+
+    def forward(self, latents: Tensor, noise: Tensor, timesteps: Tensor, ids: Tensor) -> Losses:
+        """The losses of scaled ``latents`` (batch, channels, height, width) and ``noise`` of the same shape.
+
+        ``timesteps`` (batch,) are any of training's; the points of the grid at or above them are taken.
+        ``ids`` is (batch, 77).
+        """
+        start = timesteps // self.spacing * self.spacing + self.spacing - 1
+        noisy = self.noise_schedule.add_noise(latents, noise, start)
+        with torch.no_grad():
+            texts = torch.cat([ids, self.unconditional_ids.expand_as(ids)])
+            embeddings = self.text_encoder(texts).last_hidden_state
+            towards, away = self.teacher(torch.cat([noisy] * 2), start.repeat(2), embeddings).sample.chunk(2)
+            guided = (away + self.guidance_scale * (towards - away)).float()
+            embeddings = embeddings.chunk(2)[0]
+            target = self._say(*self._step(noisy, guided, start), embeddings)
+        errors = (self._say(noisy, start, embeddings) - target).pow(2).mean(dim=(1, 2, 3))
+        return {"loss": ((errors + HUBER**2).sqrt() - HUBER).mean(), "error": errors.mean()}
+
+    def _step(self, noisy: Tensor, noise: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of DDIM down the grid, and where it leads; from the last point to clean latents, -1."""
+        end = start - self.spacing
+        signal = self.signal[start][:, None, None, None]
+        left = torch.where(end < 0, 1.0, self.signal[end.clamp(min=0)])[:, None, None, None]
+        clean = (noisy - (1 - signal).sqrt() * noise) / signal.sqrt()
+        return left.sqrt() * clean + (1 - left).sqrt() * noise, end
+
+    def _say(self, noisy: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        """The consistency function, equation 9: what the scheduler LCM takes the clean latents for."""
+        known = timesteps.clamp(min=0)
+        predicted = self.unet(noisy, known, embeddings).sample.float()
+        signal = self.signal[known][:, None, None, None]
+        clean = (noisy - (1 - signal).sqrt() * predicted) / signal.sqrt()
+        skip, out = (
+            torch.as_tensor(share, dtype=torch.float32, device=noisy.device)[:, None, None, None]
+            for share in self.noise_schedule.get_scalings_for_boundary_condition_discrete(known)
+        )
+        said = skip * noisy + out * clean
+        return torch.where((timesteps < 0)[:, None, None, None], noisy, said)

@@ -32,7 +32,7 @@ from .batches import Draws, Steps, cached_moments, fingerprint, loader, noise_fo
 from .configuration import Configuration, ConfigurationError, Stage
 from .evaluation import Ask, Settings, generate, through_autoencoder
 from .export import save_models
-from .objectives import Autoencoding, Denoising, Guess, Picturing, Wording
+from .objectives import Autoencoding, Consistency, Denoising, Guess, Picturing, Wording
 from .shards import Shards
 from .styles import Pixels
 from .tokenizer import train_tokenizer
@@ -45,7 +45,10 @@ MODELS: Models = {
     "unet": UNet2DConditionModel,
     "text_encoder": CLIPTextModel,
     "guess": Guess,
+    "teacher": UNet2DConditionModel,
 }
+FOLDERS = {"teacher": "unet"}
+"""Where models are found in a weights folder, if not under their own names."""
 KEPT_CHECKPOINTS = 2
 
 
@@ -71,7 +74,7 @@ def start_models(configuration: Configuration, stage: Stage, runs: Path) -> Mode
             others = {"hands": stage.hands} if name == "guess" else {}
             models[name] = make_model(name, configuration, **others)
             continue
-        folder = origin_folder(origin, runs) / name
+        folder = origin_folder(origin, runs) / FOLDERS.get(name, name)
         if not (folder / "config.json").is_file():
             raise ConfigurationError(
                 f"stage {stage.name}: {name} starts from {origin}, but there is no {folder}; "
@@ -83,8 +86,9 @@ def start_models(configuration: Configuration, stage: Stage, runs: Path) -> Mode
 
 def _attend_by_matrix_products(models: Models) -> None:
     # PyTorch's fused attention takes a third of a training step on CPUs, nearly all of it backwards.
-    if "unet" in models:
-        models["unet"].set_attn_processor(AttnProcessor())
+    for name in ("unet", "teacher"):
+        if name in models:
+            models[name].set_attn_processor(AttnProcessor())
     if "text_encoder" in models:
         models["text_encoder"].set_attn_implementation("eager")
 
@@ -95,7 +99,9 @@ def learning_rate(stage: Stage, step: int) -> float:
     return stage.learning_rate * warm * max(0.01, 1 - step / stage.steps)
 
 
-def _objective(configuration: Configuration, stage: Stage, models: Models) -> nn.Module:
+def _objective(
+    configuration: Configuration, stage: Stage, models: Models, tokenizer: Tokenizer | None
+) -> nn.Module:
     for name, model in models.items():
         model.requires_grad_(name in stage.train)
         model.train(name in stage.train)
@@ -105,6 +111,16 @@ def _objective(configuration: Configuration, stage: Stage, models: Models) -> nn
         return Wording(models["text_encoder"])
     if stage.objective == "picturing":
         return Picturing(models["text_encoder"], models["guess"])
+    if stage.objective == "consistency":
+        assert tokenizer, "every stage but an autoencoder's has one"
+        return Consistency(
+            models["unet"],
+            models["teacher"],
+            models["text_encoder"],
+            configuration.scheduler,
+            stage.guidance_scale,
+            torch.tensor(tokenizer("").ids),
+        )
     return Denoising(
         models["unet"],
         models["text_encoder"],
@@ -189,14 +205,14 @@ def train(
         def encode(text: str) -> list[int]:
             return words(text).ids
 
-    if stage.objective in ("picturing", "denoising"):
+    if stage.objective in ("picturing", "denoising", "consistency"):
         models["vae"].to(accelerator.device).requires_grad_(False).eval()
         if stage.cache_latents:
             origin = origin_folder(stage.start["vae"], runs) / "vae" / "diffusion_pytorch_model.safetensors"
             path = runs / f"latents-{fingerprint(shards, origin)}.npy"
             with accelerator.autocast():
                 moments = cached_moments(shards, models["vae"], path, accelerator)
-    objective = _objective(configuration, stage, models)
+    objective = _objective(configuration, stage, models, tokenizer)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=stage.learning_rate, weight_decay=stage.weight_decay, fused=True
@@ -289,7 +305,7 @@ def train(
             _checkpoint(accelerator, checkpoints, step)
         if (
             writer
-            and stage.objective in ("autoencoding", "denoising")
+            and stage.objective in ("autoencoding", "denoising", "consistency")
             and (step % stage.picture_steps == 0 or step == stage.last_step)
         ):
             ema.store(trained)
@@ -306,7 +322,8 @@ def train(
         if stage.objective == "autoencoding":
             _set_scaling(models["vae"], shards, accelerator.device)
         partial = folder / "partial"
-        save_models(partial, models, configuration, tokenizer_folder)
+        kept = {name: model for name, model in models.items() if name not in FOLDERS}
+        save_models(partial, kept, configuration, tokenizer_folder)
         partial.rename(weights)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -385,7 +402,9 @@ def _sample(
         )
         prompts = configuration.prompts[stage.language]
         asks = [Ask(prompt, "", seed, (), None) for seed, prompt in enumerate(prompts)]
-        pictures = generate(weights, asks, Settings())
+        few = Settings(stage.few_steps, guidance_scale=1.0, scheduler="LCM")
+        settings = few if stage.few_steps else Settings()
+        pictures = generate(weights, asks, settings)
     for name, model in models.items():
         model.train(name in stage.train)
     return pictures.transpose(0, 3, 1, 2)

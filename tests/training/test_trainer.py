@@ -9,14 +9,16 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
-from japanese_stable_diffusion.pipeline import Picture, Pipeline
+from japanese_stable_diffusion.pipeline import Figures, Picture, Pipeline
 from japanese_stable_diffusion.request import Request
 from japanese_stable_diffusion.training.batches import (
     BASE_STYLES,
@@ -33,10 +35,10 @@ from japanese_stable_diffusion.training.configuration import (
 )
 from japanese_stable_diffusion.training.demo import needed_stages
 from japanese_stable_diffusion.training.export import publish
-from japanese_stable_diffusion.training.objectives import Denoising, Guess, Picturing
+from japanese_stable_diffusion.training.objectives import Consistency, Denoising, Guess, Picturing
 from japanese_stable_diffusion.training.samples import Sample
 from japanese_stable_diffusion.training.shards import Shards, write_shard
-from japanese_stable_diffusion.training.trainer import learning_rate, make_model, train
+from japanese_stable_diffusion.training.trainer import learning_rate, make_model, start_models, train
 from japanese_stable_diffusion.weights import load_weights, read_manifest, verify_weights
 
 TINY = Path(__file__).with_name("tiny.toml")
@@ -168,7 +170,7 @@ def test_two_captions_of_one_picture_are_partners(drawn: Shards) -> None:
 def test_sample_pictures_and_losses_are_logged(runs: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for stage in ("autoencoder", "stage2"):
+    for stage in ("autoencoder", "stage2", "distilled"):
         events = EventAccumulator(str(runs / stage / "logs"))
         events.Reload()
         assert events.Tags()["images"], stage
@@ -192,6 +194,87 @@ def test_published_weights_make_pictures_and_say_where_they_come_from(runs: Path
     pictures = [made.image for made in pipeline.generate(request) if isinstance(made, Picture)]
     assert [picture.size for picture in pictures] == [(128, 128)]
     assert isinstance(pictures[0], Image.Image)
+
+
+def test_distilled_weights_make_pictures_in_few_steps_without_guidance(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    distilled, stage2 = runs / "distilled" / "weights", runs / "stage2" / "weights"
+    assert not same(tensors(distilled, "unet"), tensors(stage2, "unet"))
+    assert same(tensors(distilled, "text_encoder"), tensors(stage2, "text_encoder"))
+    assert not (distilled / "teacher").exists()
+    publish(distilled, tmp_path, read_configuration(str(TINY)), "distilled", "1")
+    assert read_manifest(tmp_path).few_steps == 4
+    pipeline = Pipeline(load_weights(tmp_path, CPU, torch.float32))
+    caplog.set_level("INFO")
+    for asked, steps in (
+        (Request(seed=1, go_fast=True), 4),
+        (Request(seed=1, scheduler="LCM", num_inference_steps=2), 2),
+    ):
+        figures = Figures()
+        *_, picture = pipeline.generate(replace(asked, prompt="犬", width=128, height=128), figures)
+        made = picture.request
+        assert (made.scheduler, made.num_inference_steps, made.guidance_scale) == ("LCM", steps, 1)
+        assert figures.unet_evaluations == steps
+        assert f"LCM, {steps} steps without guidance" in caplog.text
+
+
+class Known(nn.Module):
+    """A denoiser that predicts what it is told, times a weight."""
+
+    def __init__(self, noise: torch.Tensor) -> None:
+        super().__init__()
+        self.noise = noise
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> SimpleNamespace:
+        assert timesteps.min() >= 0 and len(timesteps) == len(noisy) == len(text)
+        noise = self.noise.repeat(len(noisy) // len(self.noise), 1, 1, 1)
+        return SimpleNamespace(sample=self.weight * noise)
+
+
+def test_a_student_is_consistent_if_it_says_of_every_point_where_the_path_of_the_teacher_ends() -> None:
+    configuration = read_configuration(str(TINY))
+    text_encoder = make_model("text_encoder", configuration).requires_grad_(False)
+    latents, noise = torch.randn(2, 8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([0, 19, 20, 500, 519, 520, 980, 999])
+    ids = torch.randint(4, 60, (8, 77))
+
+    def losses(
+        student: nn.Module, teacher: nn.Module, guidance_scale: float = 3.0
+    ) -> dict[str, torch.Tensor]:
+        nothing = torch.full((77,), 3)
+        objective = Consistency(
+            student, teacher, text_encoder, configuration.scheduler, guidance_scale, nothing
+        )
+        found: dict[str, torch.Tensor] = objective(latents, noise, timesteps, ids)
+        return found
+
+    right, other = Known(noise), Known(noise + 0.1)
+    assert losses(right, right)["error"] < 1e-5
+    wrong = losses(other, right)
+    assert wrong["error"] > 1e-3
+    wrong["loss"].backward()
+    assert other.weight.grad is not None and other.weight.grad.abs() > 0
+    assert right.weight.grad is None
+
+
+def test_a_student_learns_what_guidance_makes_of_the_teacher(runs: Path) -> None:
+    configuration = read_configuration(str(TINY))
+    models = {
+        name: start_models(configuration, configuration.stage("distilled"), runs)[name]
+        for name in ("unet", "teacher", "text_encoder")
+    }
+    latents, noise = torch.randn(2, 4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(4, 60, (4, 77))
+    with torch.no_grad():
+        errors = [
+            Consistency(*models.values(), configuration.scheduler, scale, torch.full((77,), 3))(
+                latents, noise, torch.full((4,), 600), ids
+            )["error"].item()
+            for scale in (1.0, 2.0)
+        ]
+    assert errors[0] != errors[1]
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(runs: Path, drawn_folder: Path, tmp_path: Path) -> None:
