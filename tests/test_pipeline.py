@@ -372,7 +372,8 @@ def test_words_alone_make_the_picture_of_the_plain_loop_bit_for_bit(pipeline, sc
         for timestep in solver.timesteps:
             scaled = solver.scale_model_input(latents, timestep)
             away, towards = weights.unet(torch.cat([scaled, scaled]), timestep, embeddings).sample.chunk(2)
-            options = {"generator": [generator]} if "ANCESTRAL" in scheduler or scheduler == "DDIM" else {}
+            draws_noise = scheduler in ("K_EULER_ANCESTRAL", "LCM", "DDIM")
+            options = {"generator": [generator]} if draws_noise else {}
             predicted = away + 7.5 * (towards - away)
             latents = solver.step(predicted, timestep, latents, **options).prev_sample
         pixels = weights.vae.decode(latents / weights.vae.config["scaling_factor"]).sample[0]
