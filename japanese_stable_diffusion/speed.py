@@ -278,11 +278,14 @@ def _is_plain(module: Upsample2D) -> bool:
 def filter_minimally(weights: Weights) -> None:
     """Make convolutions of many channels `WinogradConv2d` on a CPU, as far as memory for their kernels goes.
 
-    Those with the smallest kernels go first: they see the most pixels.
+    With the weights themselves they may take half of the machine. Those with the smallest kernels go first:
+    they see the most pixels.
     """
     if weights.device.type != "cpu":
         return
-    budget = memory_budget(weights.device)
+    models = (weights.text_encoder, weights.unet, weights.vae)
+    held = sum(tensor.numel() for model in models for tensor in model.parameters()) * weights.dtype.itemsize
+    budget = 2 * memory_budget(weights.device) - held
     layers = [
         module
         for model in (weights.unet, weights.vae)
