@@ -172,7 +172,8 @@ class Pipeline:
         if first_size:
             log.info("second_pass: made at %d × %d, then enlarged to %d × %d", *first_size, width, height)
         seeds = request.seeds
-        savings = GO_FAST if request.go_fast else None
+        # LCM adds so much noise after every step that what inner layers said is of no use at the next.
+        savings = GO_FAST if request.go_fast and request.scheduler != "LCM" else None
         limit = largest_batch(weights, shape)
         posterior = encode_picture(weights.vae, start.picture, (width, height)) if start else None
         repainted = cover(start.repainted, shape[1:]) if start and start.repainted else None
@@ -488,8 +489,14 @@ def enter(
 
 
 def skipped_steps(request: Request) -> int:
-    """Steps that are left out of a request for the sake of the picture that it starts from."""
-    return request.num_inference_steps - int(request.num_inference_steps * request.prompt_strength)
+    """Steps that are left out of a request for the sake of the picture that it starts from.
+
+    As upstream, it counts whole steps only; but of the few that LCM takes, one at least is left.
+    """
+    taken = int(request.num_inference_steps * request.prompt_strength)
+    if request.scheduler == "LCM" and request.prompt_strength:
+        taken = max(1, taken)
+    return request.num_inference_steps - taken
 
 
 def denoise(

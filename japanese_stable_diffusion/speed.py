@@ -88,7 +88,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def speed_up(weights: Weights, switches: Iterable[str] | None = None) -> None:
-    """Make the models of a weights folder compute the same in less time. Next to nothing is copied for it.
+    """Make the models of a weights folder compute the same in less time. Next to nothing is copied at once.
 
     Args:
         weights: loaded; their models are changed in place.
@@ -278,12 +278,14 @@ def _is_plain(module: Upsample2D) -> bool:
 def filter_minimally(weights: Weights) -> None:
     """Make convolutions of many channels `WinogradConv2d` on a CPU, as far as memory for their kernels goes.
 
-    With the weights themselves they may take half of the machine. Those with the smallest kernels go first:
+    With the weights themselves they may take half of the machine. Those with the fewest channels go first:
     they see the most pixels.
     """
     if weights.device.type != "cpu":
         return
-    models = (weights.text_encoder, weights.unet, weights.vae)
+    models: list[torch.nn.Module] = [weights.text_encoder, weights.unet, weights.vae]
+    if weights.safety:
+        models.append(weights.safety.model)
     held = sum(tensor.numel() for model in models for tensor in model.parameters()) * weights.dtype.itemsize
     budget = 2 * memory_budget(weights.device) - held
     layers = [
@@ -292,7 +294,7 @@ def filter_minimally(weights: Weights) -> None:
         for module in model.modules()
         if isinstance(module, torch.nn.Conv2d) and winograd.fits(module)
     ]
-    for layer in sorted(layers, key=winograd.kernel_bytes):
+    for layer in sorted(layers, key=lambda layer: layer.weight.numel()):
         budget -= winograd.kernel_bytes(layer)
         if budget < 0:
             break

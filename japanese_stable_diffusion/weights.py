@@ -23,6 +23,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel
 from transformers.initialization import no_init_weights
 
+from japanese_stable_diffusion.request import LCM_STEPS
 from japanese_stable_diffusion.schedulers import make_scheduler
 from japanese_stable_diffusion.tokenizer import MAX_LENGTH, Tokenizer
 
@@ -180,11 +181,11 @@ def read_manifest(folder: Path) -> Manifest:
         )
     except (AttributeError, TypeError) as error:
         raise WeightsError(f"{path}: is not a manifest of weights ({_one_line(error)}); {WAY_OUT}") from error
-    for name, low in (("native_size", 8), ("enlarge", 1), ("few_steps", 0)):
+    for name, low, high in (("native_size", 8, 2**16), ("enlarge", 1, 2**16), ("few_steps", 0, LCM_STEPS)):
         value = getattr(manifest, name)
-        if type(value) is not int or value < low:
+        if type(value) is not int or not low <= value <= high:
             raise WeightsError(
-                f"{path}: {name} is {value!r}, but a whole number from {low} up is needed; {WAY_OUT}"
+                f"{path}: {name} is {value!r}, but a whole number from {low} to {high} is needed; {WAY_OUT}"
             )
     return manifest
 

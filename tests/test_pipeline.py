@@ -358,6 +358,20 @@ def test_what_small_weights_generate_is_enlarged_to_the_asked_size(weights):
     assert np.array_equal(picture.image, enlarged)
 
 
+def test_of_few_steps_one_at_least_repaints_a_picture(pipeline, photograph):
+    for strength, steps in [(0, 0), (0.01, 1), (0.2, 1), (0.8, 3), (1, 4)]:
+        request = ask(image=photograph, prompt_strength=strength, num_inference_steps=4, scheduler="LCM")
+        *_, picture = events = list(pipeline.generate(request))
+        assert len(events) == steps + 1
+        assert isinstance(picture, Picture)
+
+
+def test_lcm_is_not_made_faster_by_what_has_changed_since(pipeline):
+    request = ask(scheduler="LCM", num_inference_steps=4)
+    [plain], [fast] = (pictures(pipeline, dataclasses.replace(request, go_fast=go)) for go in (False, True))
+    assert np.array_equal(plain, fast)
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_words_alone_make_the_picture_of_the_plain_loop_bit_for_bit(pipeline, scheduler):
     weights = pipeline.weights

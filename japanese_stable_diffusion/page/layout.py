@@ -4,6 +4,7 @@ import html
 import io
 from base64 import b64encode
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any
 
 import gradio as gr
@@ -55,6 +56,7 @@ class Page:
     def __init__(self, make: Maker, schema: dict[str, Any]) -> None:
         self._line = Line(make)
         self._jobs: dict[str | None, Job] = {}
+        self._changing = Lock()
         with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as self._blocks:
             self._place(schema)
             self._connect()
@@ -145,8 +147,12 @@ class Page:
             gallery.select(self._choose, self._history, details, queue=False, **hidden)
 
     def _make(self, request: gr.Request, history: list[Made], *values: Any) -> Iterator[Update]:
-        self._leave(request)
-        job = self._jobs[request.session_hash] = self._line.join(self._form.read(values))
+        inputs = self._form.read(values)
+        with self._changing:
+            job, before = self._line.join(inputs), self._jobs.get(request.session_hash)
+            self._jobs[request.session_hash] = job
+        if before:
+            self._line.leave(before)
         is_busy: Update = {
             self._paint: gr.update(interactive=False),
             self._again: gr.update(interactive=False),
@@ -167,11 +173,14 @@ class Page:
                 self._album: gr.update(value=_captioned(history), selected_index=None, visible=True),
                 **self._detail(made[0]),
             }
+        if self._jobs.get(request.session_hash, job) is not job:
+            return
         is_idle: Update = {self._paint: gr.update(interactive=True), self._again: gr.update(interactive=True)}
         yield {self._cancel: gr.update(interactive=False), **is_idle}
 
     def _leave(self, request: gr.Request) -> None:
-        job = self._jobs.pop(request.session_hash, None)
+        with self._changing:
+            job = self._jobs.pop(request.session_hash, None)
         if job:
             self._line.leave(job)
 

@@ -248,8 +248,9 @@ class Consistency(nn.Module):
         with torch.no_grad():
             texts = torch.cat([ids, self.unconditional_ids.expand_as(ids)])
             embeddings = self.text_encoder(texts).last_hidden_state
-            towards, away = self.teacher(torch.cat([noisy] * 2), start.repeat(2), embeddings).sample.chunk(2)
-            guided = (away + self.guidance_scale * (towards - away)).float()
+            predicted = self.teacher(torch.cat([noisy] * 2), start.repeat(2), embeddings).sample.float()
+            towards, away = predicted.chunk(2)
+            guided = away + self.guidance_scale * (towards - away)
             embeddings = embeddings.chunk(2)[0]
             target = self._say(*self._step(noisy, guided, start), embeddings)
         errors = (self._say(noisy, start, embeddings) - target).pow(2).mean(dim=(1, 2, 3))

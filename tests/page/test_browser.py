@@ -181,7 +181,7 @@ def test_pressing_twice_starts_again(tab: Tab) -> None:
     fill(tab, ENDLESS)
     paint_twice = "document.querySelector('#paint').click(); document.querySelector('#paint').click()"
     tab.evaluate(paint_twice)
-    tab.locator("#news progress").wait_for()
+    tab.wait_for_function("document.querySelector('#news progress')?.value > 0")
     assert tab.locator("#cancel").is_enabled() and tab.locator("#paint").is_disabled()
     tab.click("#cancel")
     tab.locator("#news", has_text="やめました / Cancelled").wait_for()

@@ -436,6 +436,12 @@ def test_errors_are_told_in_a_line(drawn_folder: Path, tmp_path: Path) -> None:
         configuration.stage("stage3")
     with pytest.raises(ConfigurationError, match="there are demo, full"):
         read_configuration("nothing")
+    stage = '[[stages]]\nname = "x"\nobjective = "{}"\ntrain = []\nstart = {{}}\nfew_steps = {}\n'
+    for objective, few_steps in (("denoising", 4), ("consistency", 0)):
+        wrong = tmp_path / "wrong.toml"
+        wrong.write_text(TINY.read_text() + stage.format(objective, few_steps))
+        with pytest.raises(ConfigurationError, match="few_steps is for the objective consistency"):
+            read_configuration(str(wrong))
     with pytest.raises(ConfigurationError, match="starts from autoencoder"):
         train(configuration, configuration.stage("base"), drawn_folder, tmp_path, cpu=True)
     uneven: Stage = replace(configuration.stage("autoencoder"), batch_size=9)
