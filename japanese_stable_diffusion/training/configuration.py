@@ -120,7 +120,7 @@ def read_configuration(name: str) -> Configuration:
             stages.append(Stage(**values))
             if (stages[-1].objective == "consistency") != bool(stages[-1].few_steps):
                 raise ConfigurationError(
-                    f"{path}: stage {stages[-1].name}: few_steps is for the objective consistency, and it alone"
+                    f"{path}: stage {entry['name']}: few_steps is for the objective consistency, and it alone"
                 )
         except TypeError as error:
             raise ConfigurationError(f"{path}: stage {entry.get('name')}: {error}") from None
