@@ -95,7 +95,8 @@ def download(folder: Path, revision: str, precision: "Precision", keep_original:
     Raises:
         DownloadError: it failed; the message is one line that says why and what to do.
     """
-    original = folder.with_name(f"{folder.name}-original")
+    folder = folder.resolve()
+    original = folder.parent / f"{folder.name}-original"
     for taken in (folder, original) if keep_original else (folder,):
         if taken.exists():
             raise DownloadError(
@@ -303,6 +304,15 @@ def _told_in_one_line() -> Iterator[None]:
     except HTTPError as error:
         what = f"{constants.ENDPOINT}: no connection ({_one_line(error)})"
         raise DownloadError(f"{what}; check network and proxy, {again}") from None
+    except UnicodeEncodeError:
+        raise DownloadError(
+            "HF_TOKEN: holds characters that no token has; copy it from https://huggingface.co/settings/tokens"
+        ) from None
+    except (ValueError, KeyError):
+        # Networks that ask for a password first answer everything with a page of their own.
+        raise DownloadError(
+            f"{constants.ENDPOINT}: answers, but not as a hub; check HF_ENDPOINT and the network, {again}"
+        ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DownloadError(f"the disk is full; make room, {again}") from None

@@ -32,6 +32,7 @@ class Hub(ThreadingHTTPServer):
         self.drop_at: dict[str, int] = {}
         self.damaged: set[str] = set()
         self.broken = False
+        self.page: bytes | None = None
         self.stalled, self.go_on = threading.Event(), threading.Event()
         self.sent: list[tuple[str, int]] = []
         self.tokens_seen_elsewhere: list[str] = []
@@ -52,6 +53,12 @@ class Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         if self.server.broken:
             self.refuse(502)
+        elif self.server.page is not None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(self.server.page)))
+            self.end_headers()
+            self.wfile.write(self.server.page)
         elif path.startswith(f"/api/models/{REPOSITORY}/revision/"):
             self.describe(path.rsplit("/", 1)[-1])
         elif path.startswith(f"/{REPOSITORY}/resolve/{REVISION}/"):

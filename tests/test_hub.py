@@ -168,6 +168,25 @@ def test_broken_hub(hub: Hub, tmp_path: Path) -> None:
     assert_told(hub, tmp_path, "the hub answers with error 502; try again later")
 
 
+def test_something_else_than_a_hub(hub: Hub, tmp_path: Path) -> None:
+    hub.page = b"<html>Welcome to our hotel"
+    assert_told(hub, tmp_path, "answers, but not as a hub; check HF_ENDPOINT and the network")
+
+
+def test_token_of_other_characters(hub: Hub, tmp_path: Path) -> None:
+    assert_told(hub, tmp_path, "HF_TOKEN: holds characters that no token has", token="hf_あ")
+
+
+def test_the_present_folder_is_no_place(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place, named in ((".", tmp_path), ("/", "/")):
+        assert run("-o", place, env=environment(hub)) == (
+            1,
+            "",
+            f"{named}: is there already; --verify checks it, or remove it to fetch it anew\n",
+        )
+
+
 def test_missing_file(hub: Hub, tmp_path: Path) -> None:
     del hub.files["vae/config.json"]
     assert_told(hub, tmp_path, "holds no vae/config.json")

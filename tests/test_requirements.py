@@ -94,5 +94,13 @@ def test_the_container_can_do_without_what_is_kept_out_of_it() -> None:
         assert f"japanese_stable_diffusion/{name}" in kept_out
         for file in [ROOT / "predict.py", *PACKAGE.glob("*.py")]:
             assert f"japanese_stable_diffusion.{name}" not in file.read_text(encoding="utf-8"), file
-    needed = {"predict.py", "japanese_stable_diffusion", "weights", "cog.yaml", "requirements.txt", ".cog"}
+    needed = {
+        "predict.py",
+        "japanese_stable_diffusion",
+        "weights",
+        "cog.yaml",
+        "requirements.txt",
+        ".cog",
+        "LICENSE",
+    }
     assert needed == {line[1:] for line in kept_out if line.startswith("!")}

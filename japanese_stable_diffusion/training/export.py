@@ -48,6 +48,9 @@ def publish(trained: Path, folder: Path, configuration: Configuration, stage: st
     partial.mkdir(parents=True)
     for name, kind in MODELS.items():
         kind.from_pretrained(trained / name, torch_dtype=torch.float16).save_pretrained(partial / name)
+        for tensors in (partial / name).glob("*.safetensors"):
+            # safetensors lets nobody but the owner read what it writes, and containers seldom run as that.
+            tensors.chmod((partial / name / "config.json").stat().st_mode & 0o666)
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(trained / name, partial / name)
     folder.mkdir(exist_ok=True)

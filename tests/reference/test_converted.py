@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_reference import REFERENCE, TEXT_TO_IMAGE, WEIGHTS
+from test_reference import EXPECTED, REFERENCE, WEIGHTS
 
 from japanese_stable_diffusion.conversion import convert
 from japanese_stable_diffusion.pipeline import Picture, Pipeline
@@ -25,6 +25,9 @@ def differences(pipeline: Pipeline, case: dict) -> np.ndarray:
         guidance_scale=case["guidance"],
         scheduler=case["scheduler"],
         seed=case["seed"],
+        **(
+            {"image": REFERENCE / case["init"], "prompt_strength": case["strength"]} if "init" in case else {}
+        ),
     )
     [made] = [event.image for event in pipeline.generate(request) if isinstance(event, Picture)]
     expected = Image.open(REFERENCE / case["file"]).convert("RGB")
@@ -41,12 +44,12 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pipeline]:
     return loaded
 
 
-@pytest.mark.parametrize("case", TEXT_TO_IMAGE, ids=lambda case: case["file"])
+@pytest.mark.parametrize("case", EXPECTED["cases"], ids=lambda case: case["file"])
 def test_fp32_is_within_1_of_255(pipelines, case):
     assert differences(pipelines["fp32"], case).max() <= 1
 
 
-@pytest.mark.parametrize("case", TEXT_TO_IMAGE, ids=lambda case: case["file"])
+@pytest.mark.parametrize("case", EXPECTED["cases"], ids=lambda case: case["file"])
 def test_fp16_is_within_2_of_255_on_average(pipelines, case):
     found = differences(pipelines["fp16"], case)
     assert 0 < found.mean() <= 2

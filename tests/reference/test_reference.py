@@ -16,7 +16,6 @@ if not REFERENCE.is_dir():
 
 WEIGHTS = REFERENCE / "weights-2022-layout"
 EXPECTED = json.loads((REFERENCE / "reference.json").read_text(encoding="utf-8"))
-TEXT_TO_IMAGE = [case for case in EXPECTED["cases"] if "init" not in case]
 
 
 @pytest.fixture(scope="module")
