@@ -49,6 +49,7 @@ TENSOR_FILES = (
 
 SPARE = 256 * 2**20
 """Bytes to be left free on the disk."""
+_AGAIN = "then run the same again to go on"
 
 
 class DownloadError(Exception):
@@ -95,7 +96,7 @@ def download(folder: Path, revision: str, precision: "Precision", keep_original:
     Raises:
         DownloadError: it failed; the message is one line that says why and what to do.
     """
-    folder = folder.resolve()
+    folder = folder.absolute()
     original = folder.parent / f"{folder.name}-original"
     for taken in (folder, original) if keep_original else (folder,):
         if taken.exists():
@@ -155,7 +156,19 @@ def list_files(revision: str) -> Snapshot:
         DownloadError: the hub doesn't answer, or lacks a needed file.
     """
     with _told_in_one_line():
-        info = HfApi().model_info(REPOSITORY, revision=revision, files_metadata=True)
+        try:
+            info = HfApi().model_info(REPOSITORY, revision=revision, files_metadata=True)
+        except UnicodeEncodeError:
+            raise DownloadError(
+                "HF_TOKEN: holds characters that no token has; copy it from "
+                "https://huggingface.co/settings/tokens"
+            ) from None
+        except (ValueError, KeyError):
+            # Networks that ask for a password first answer everything with a page of their own.
+            raise DownloadError(
+                f"{constants.ENDPOINT}: answers, but not as a hub; check HF_ENDPOINT and the network, "
+                f"{_AGAIN}"
+            ) from None
     there = {
         sibling.rfilename: RemoteFile(
             sibling.rfilename,
@@ -290,11 +303,10 @@ def _is_intact(path: Path, file: RemoteFile) -> bool:
 
 @contextmanager
 def _told_in_one_line() -> Iterator[None]:
-    again = "then run the same again to go on"
     try:
         yield
     except OfflineModeIsEnabled:
-        raise DownloadError(f"HF_HUB_OFFLINE is set, so nothing can be fetched; unset it, {again}") from None
+        raise DownloadError(f"HF_HUB_OFFLINE is set, so nothing can be fetched; unset it, {_AGAIN}") from None
     except RevisionNotFoundError:
         raise DownloadError(
             f"{REPOSITORY}: has no such revision; --revision may name one of {PAGE}/commits/main"
@@ -303,21 +315,12 @@ def _told_in_one_line() -> Iterator[None]:
         raise DownloadError(_refusal(error.response.status_code)) from None
     except HTTPError as error:
         what = f"{constants.ENDPOINT}: no connection ({_one_line(error)})"
-        raise DownloadError(f"{what}; check network and proxy, {again}") from None
-    except UnicodeEncodeError:
-        raise DownloadError(
-            "HF_TOKEN: holds characters that no token has; copy it from https://huggingface.co/settings/tokens"
-        ) from None
-    except (ValueError, KeyError):
-        # Networks that ask for a password first answer everything with a page of their own.
-        raise DownloadError(
-            f"{constants.ENDPOINT}: answers, but not as a hub; check HF_ENDPOINT and the network, {again}"
-        ) from None
+        raise DownloadError(f"{what}; check network and proxy, {_AGAIN}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DownloadError(f"the disk is full; make room, {again}") from None
+            raise DownloadError(f"the disk is full; make room, {_AGAIN}") from None
         what = f"{error.filename}: {error.strerror}" if error.filename else _one_line(error)
-        raise DownloadError(f"{what}; mend that, {again}") from None
+        raise DownloadError(f"{what}; mend that, {_AGAIN}") from None
 
 
 def _refusal(status: int) -> str:

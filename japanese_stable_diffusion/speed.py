@@ -283,10 +283,8 @@ def filter_minimally(weights: Weights) -> None:
     """
     if weights.device.type != "cpu":
         return
-    models: list[torch.nn.Module] = [weights.text_encoder, weights.unet, weights.vae]
-    if weights.safety:
-        models.append(weights.safety.model)
-    held = sum(tensor.numel() for model in models for tensor in model.parameters()) * weights.dtype.itemsize
+    count = sum(tensor.numel() for model in weights.models for tensor in model.parameters())
+    held = count * weights.dtype.itemsize
     budget = 2 * memory_budget(weights.device) - held
     layers = [
         module

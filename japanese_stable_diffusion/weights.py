@@ -134,12 +134,18 @@ class Weights:
         """Where the weights are."""
         return torch.device(self.unet.device)
 
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """All models of the folder, the safety checker too if it has one."""
+        models: list[torch.nn.Module] = [self.text_encoder, self.unet, self.vae]
+        return [*models, self.safety.model] if self.safety else models
+
     def convert(self) -> None:
         """Convert now what was loaded `lazily` and hasn't been used yet."""
-        models: list[torch.nn.Module] = [self.text_encoder, self.unet]
-        for model in [*models, self.safety.model] if self.safety else models:
-            for module in model.modules():
-                _convert(module, self.dtype)
+        for model in self.models:
+            if model is not self.vae:
+                for module in model.modules():
+                    _convert(module, self.dtype)
 
 
 def find_weights() -> Path:

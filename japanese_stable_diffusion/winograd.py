@@ -85,8 +85,10 @@ def transforms(tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     points = POINTS[tile]
     size = tile + TAPS - 1
-    kernels, inputs, outputs = torch.zeros(size, TAPS), torch.zeros(size, size), torch.zeros(tile, size)
-    kernels, inputs, outputs = kernels.double(), inputs.double(), outputs.double()
+    kernels, inputs, outputs = (
+        torch.zeros(rows, columns, dtype=torch.float64)
+        for rows, columns in ((size, TAPS), (size, size), (tile, size))
+    )
     for row, point in enumerate(points):
         others = [other for other in points if other != point]
         scale = torch.tensor([point - other for other in others], dtype=torch.float64).prod()
@@ -107,12 +109,19 @@ def _polynomial(roots: Sequence[float]) -> Tensor:
     return coefficients
 
 
+@cache
+def _square_transforms(tile: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """`transforms` of both dimensions at once: (size², taps²), (size², size²) and (tile², size²)."""
+    kernels, inputs, outputs = (torch.kron(matrix, matrix).to(dtype) for matrix in transforms(tile))
+    return kernels, inputs, outputs
+
+
 def transform_kernels(weight: Tensor, tile: int) -> Tensor:
     """(out_channels, in_channels, 3, 3) → ((tile + 2)², in_channels, out_channels)."""
-    matrix = transforms(tile)[0]
+    matrix, _, _ = _square_transforms(tile, weight.dtype)
     taps = weight.permute(2, 3, 1, 0).reshape(TAPS**2, -1)
     kernels = weight.new_empty((tile + TAPS - 1) ** 2, *weight.shape[1::-1])
-    torch.mm(torch.kron(matrix, matrix).to(weight.dtype), taps, out=kernels.flatten(1))
+    torch.mm(matrix, taps, out=kernels.flatten(1))
     return kernels
 
 
@@ -132,8 +141,7 @@ def convolve(input: Tensor, kernels: Tensor, bias: Tensor | None, tile: int) -> 
     out_channels = kernels.shape[2]
     size = tile + TAPS - 1
     down, across = -(-height // tile), -(-width // tile)
-    _, inputs, outputs = transforms(tile)
-    gather, scatter = (torch.kron(matrix, matrix).to(input.dtype) for matrix in (inputs, outputs))
+    _, gather, scatter = _square_transforms(tile, input.dtype)
     pixels = input.permute(0, 2, 3, 1)
     result = input.new_empty(pictures, down * tile, across * tile, out_channels)
     row_bytes = size**2 * pictures * across * (channels + out_channels) * input.itemsize

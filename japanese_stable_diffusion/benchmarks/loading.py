@@ -6,10 +6,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from japanese_stable_diffusion.weights import Weights
-
 _CHUNK = 8 * 2**20
 _WIDTHS = (10, 10, 7, 11, 11, 18, 7)
 
@@ -113,7 +109,7 @@ def _load(folder: Path) -> Loading:
     seconds = time.perf_counter() - started
     weights = predictor.pipeline.weights
     weights.convert()
-    tensors = _tensors(weights)
+    tensors = [tensor for model in weights.models for tensor in model.state_dict().values()]
     for tensor in tensors:
         tensor.flatten()[:: 4096 // tensor.itemsize].sum()
     return Loading(
@@ -123,13 +119,6 @@ def _load(folder: Path) -> Loading:
         processor_seconds=time.process_time() - worked,
         peak_bytes=memory("VmHWM") - before,
     )
-
-
-def _tensors(weights: Weights) -> list[torch.Tensor]:
-    models: list[torch.nn.Module] = [weights.text_encoder, weights.unet, weights.vae]
-    if weights.safety:
-        models.append(weights.safety.model)
-    return [tensor for model in models for tensor in model.state_dict().values()]
 
 
 def memory(name: str) -> int:

@@ -159,8 +159,8 @@ class Page:
         }
         yield {self._cancel: gr.update(interactive=True), **is_busy}
         for news in job.news():
-            if self._jobs.get(request.session_hash, job) is not job:
-                return  # This visitor has begun something else, whose news are told by now.
+            if self._is_replaced(job, request):
+                return
             if not isinstance(news, Finished):
                 yield {self._news: _describe(news)}
                 continue
@@ -173,10 +173,14 @@ class Page:
                 self._album: gr.update(value=_captioned(history), selected_index=None, visible=True),
                 **self._detail(made[0]),
             }
-        if self._jobs.get(request.session_hash, job) is not job:
+        if self._is_replaced(job, request):
             return
         is_idle: Update = {self._paint: gr.update(interactive=True), self._again: gr.update(interactive=True)}
         yield {self._cancel: gr.update(interactive=False), **is_idle}
+
+    def _is_replaced(self, job: Job, request: gr.Request) -> bool:
+        """Whether this visitor has begun something else, whose news are told by now."""
+        return self._jobs.get(request.session_hash, job) is not job
 
     def _leave(self, request: gr.Request) -> None:
         with self._changing:
