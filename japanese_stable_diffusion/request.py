@@ -198,7 +198,7 @@ def _check_integer(name: str, value: object, low: int, high: int) -> None:
 
 def _check_switch(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise RequestError(f"{name}: {_show(value)} is neither true nor false")
+        raise RequestError(f"{name}: {_show(value)} is not a switch; true or false is allowed")
 
 
 def _check_side(name: str, value: object) -> None:
