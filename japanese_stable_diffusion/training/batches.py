@@ -52,7 +52,8 @@ class Draws(Dataset[dict[str, Any]]):
     empty prompt's. With ``partners`` it is no picture but ``ids`` and ``partner_ids`` (77,) of two captions
     of one. With ``hands`` there is also what each of so many hands drew for its concept and style:
     ``drawings`` (hands, 2·channels, height/f, width/f), and ``drawn`` (hands,), False for nothing.
-    Each epoch has an order of its own, and so do the captions.
+    Each epoch has an order of its own, and so do the captions; with ``styles_evenly`` all styles are about
+    as frequent in it.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Draws(Dataset[dict[str, Any]]):
         partners: bool = False,
         without_hands: Collection[str] = (),
         hands: int = 0,
+        styles_evenly: bool = False,
     ) -> None:
         """Raises ValueError if there are more than ``hands`` hands, and that is more than 1."""
         self.shards = shards
@@ -87,13 +89,15 @@ class Draws(Dataset[dict[str, Any]]):
             ],
             np.int64,
         )
+        if styles_evenly:
+            self.members = self._even(self.members)
         if hands > 1:
             names = sorted({str(shards.about[member].get("hand")) for member in self.members})
             if len(names) > hands:
                 raise ValueError(f"hands is {hands}, but there are {len(names)}: {', '.join(names)}")
             self._places = {name: place for place, name in enumerate(names)}
             self._drawings: dict[tuple[str, str], list[int]] = {}
-            for member in self.members.tolist():
+            for member in np.unique(self.members).tolist():
                 self._drawings.setdefault(self._subject(member), []).append(member)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
@@ -115,6 +119,14 @@ class Draws(Dataset[dict[str, Any]]):
             dropped = rng.random() < self.caption_dropout
             item["ids"] = torch.tensor(self.encode("" if dropped else caption))
         return item
+
+    def _even(self, members: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Members as often as it takes for every style to be seen about as often as the commonest."""
+        of_style: dict[str, list[int]] = {}
+        for member in members.tolist():
+            of_style.setdefault(self._subject(member)[1], []).append(member)
+        most = max(map(len, of_style.values()), default=0)
+        return np.concatenate([np.tile(own, round(most / len(own))) for own in of_style.values()])
 
     def _subject(self, index: int) -> tuple[str, str]:
         about = self.shards.about[index]

@@ -23,10 +23,13 @@ class Stage:
     ``start`` says for each model which earlier stage, or which weights folder (it has a slash), it comes
     from ("" for the configuration's own random start). ``train`` names the models whose weights move.
     ``stop`` ends the stage before ``steps``, over which the learning rate decays (0: it runs to its end).
+    ``styles_evenly`` shows rare styles more often, until all are about as frequent as the commonest.
     ``without_hands`` names those whose pictures are left out; ``hands`` counts the others, if a guess is to
     tell them apart (1: it takes them for one).
     ``few_steps`` is how many a denoiser is distilled for (0: it isn't), and ``guidance_scale`` what it learns
     to do without.
+    ``adversarial_weight`` is what a discriminator's opinion counts in an autoencoder's loss, if there is one,
+    and ``feature_weight`` the error of what it sees.
     ``crop`` trains an autoencoder on squares of so many pixels cut out at random (0: whole pictures).
     """
 
@@ -41,6 +44,7 @@ class Stage:
     warmup_steps: int
     language: Literal["ja", "en"] = "ja"
     only_styles_of_base: bool = False
+    styles_evenly: bool = False
     without_hands: tuple[str, ...] = ()
     hands: int = 1
     weight_decay: float = 0.01
@@ -50,6 +54,8 @@ class Stage:
     weight_limit: float = 0.0
     guidance_scale: float = 7.5
     kl_weight: float = 1e-4
+    adversarial_weight: float = 0.0
+    feature_weight: float = 0.0
     few_steps: int = 0
     crop: int = 0
     stop: int = 0

@@ -31,7 +31,7 @@ from .shards import Shards
 from .styles import Pixels
 
 SIZE = 128
-"""Side in pixels at which pictures are judged: at half of it, pixel art can't be told from plain art."""
+"""Side in pixels at which pictures are judged: that of the demo's own."""
 CONCEPTS_RIGHT = 0.95
 STYLES_RIGHT = 0.98
 """Least share of held-out pictures of which a judge must name concept and style."""

@@ -108,9 +108,9 @@ def watercolor(drawing: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def pixel_art(drawing: Pixels, rng: np.random.Generator) -> Pixels:
-    """Thirty-two coarse pixels to a side, few shades."""
+    """Sixteen coarse pixels to a side, as many as the sprites of early video games had, and few shades."""
     size = drawing.shape[0]
-    small = cv2.resize(illustration(drawing, rng), (32, 32), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(illustration(drawing, rng), (16, 16), interpolation=cv2.INTER_AREA)
     small = (np.round(small / 51.0) * 51).astype(np.uint8)
     return np.asarray(cv2.resize(small, (size, size), interpolation=cv2.INTER_NEAREST))
 

@@ -32,7 +32,7 @@ from .batches import Draws, Steps, cached_moments, fingerprint, loader, noise_fo
 from .configuration import Configuration, ConfigurationError, Stage
 from .evaluation import Ask, Settings, generate, through_autoencoder
 from .export import save_models
-from .objectives import Autoencoding, Consistency, Denoising, Guess, Picturing, Wording
+from .objectives import Autoencoding, Consistency, Denoising, Discriminator, Guess, Picturing, Wording
 from .shards import Shards
 from .styles import Pixels
 from .tokenizer import train_tokenizer
@@ -45,6 +45,7 @@ MODELS: Models = {
     "unet": UNet2DConditionModel,
     "text_encoder": CLIPTextModel,
     "guess": Guess,
+    "discriminator": Discriminator,
     "teacher": UNet2DConditionModel,
 }
 FOLDERS = {"teacher": "unet"}
@@ -106,7 +107,13 @@ def _objective(
         model.requires_grad_(name in stage.train)
         model.train(name in stage.train)
     if stage.objective == "autoencoding":
-        return Autoencoding(models["vae"], stage.kl_weight)
+        return Autoencoding(
+            models["vae"],
+            stage.kl_weight,
+            models.get("discriminator"),
+            stage.adversarial_weight,
+            stage.feature_weight,
+        )
     if stage.objective == "wording":
         return Wording(models["text_encoder"])
     if stage.objective == "picturing":
@@ -242,6 +249,7 @@ def train(
             partners=stage.objective == "wording",
             without_hands=stage.without_hands,
             hands=stage.hands if "guess" in models else 0,
+            styles_evenly=stage.styles_evenly,
         )
     except ValueError as error:
         raise ConfigurationError(f"stage {stage.name}: {error}") from None
@@ -402,8 +410,9 @@ def _sample(
         )
         prompts = configuration.prompts[stage.language]
         asks = [Ask(prompt, "", seed, (), None) for seed, prompt in enumerate(prompts)]
-        few = Settings(stage.few_steps, guidance_scale=1.0, scheduler="LCM")
-        settings = few if stage.few_steps else Settings()
+        settings = Settings()
+        if stage.few_steps:
+            settings = Settings(stage.few_steps, guidance_scale=1.0, scheduler="LCM")
         pictures = generate(weights, asks, settings)
     for name, model in models.items():
         model.train(name in stage.train)
