@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
+from japanese_stable_diffusion.benchmarks.attempts import ATTEMPTS
 from japanese_stable_diffusion.benchmarks.loading import memory
 from japanese_stable_diffusion.pipeline import Figures, Pipeline, encode, vae_factor
 from japanese_stable_diffusion.request import Request
@@ -94,7 +95,7 @@ class Upstream:
     @torch.inference_mode()
     def evaluate(self, job: Job) -> int:
         """Predict the noise of a batch with guidance, once."""
-        self.unet(*self._inputs(job))
+        self.unet(*self.inputs(job))
         return 1
 
     @torch.inference_mode()
@@ -138,7 +139,8 @@ class Upstream:
         factor = vae_factor(self.vae)
         return self.unet.config["in_channels"], job.height // factor, job.width // factor
 
-    def _inputs(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def inputs(self, job: Job) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `evaluate` gives the UNet: latents of the job's size and text, both random, and a timestep."""
         generator = torch.Generator().manual_seed(job.seed)
         latents = torch.randn(2 * job.pictures, *self._shape(job), generator=generator)
         text = torch.randn(2 * job.pictures, 77, self.unet.config["cross_attention_dim"], generator=generator)
@@ -164,7 +166,7 @@ class OpenVINO(Upstream):
     def evaluate(self, job: Job) -> int:
         """Predict the noise of a batch with guidance, once."""
         openvino = importlib.import_module("openvino")
-        latents, timestep, text = self._inputs(job)
+        latents, timestep, text = self.inputs(job)
         if self._compiled is None:
             converted = openvino.convert_model(self.unet, example_input=(latents, timestep, text))
             precision = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -180,12 +182,21 @@ class Ours(Upstream):
         folder: with the weights.
         switches: of `speed.py`; None for all.
         go_fast: as the input of that name.
+        attempt: one of `ATTEMPTS` on top; none if empty.
     """
 
-    def __init__(self, folder: Path, switches: Sequence[str] | None = None, go_fast: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        switches: Sequence[str] | None = None,
+        go_fast: bool = False,
+        attempt: str = "",
+    ) -> None:
         device = choose_device()
         weights = load_weights(folder, device, choose_dtype(device))
         speed_up(weights, switches)
+        if attempt:
+            ATTEMPTS[attempt](weights)
         self.unet, self.vae = weights.unet, weights.vae
         self._go_fast = go_fast
         self._ours = Pipeline(weights)
@@ -216,6 +227,7 @@ WAYS: dict[str, Callable[[Path], Upstream]] = {
     "openvino": OpenVINO,
     "no switches": partial(Ours, switches=()),
     **{f"{name} alone": partial(Ours, switches=(name,)) for name in SWITCHES},
+    **{name: partial(Ours, attempt=name) for name in ATTEMPTS},
 }
 """All ways that can be measured, by name."""
 PEERS = {"torch.compile": "torch", "openvino": "openvino"}

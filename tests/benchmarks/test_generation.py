@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from japanese_stable_diffusion.benchmarks import generation
+from japanese_stable_diffusion.benchmarks.attempts import ATTEMPTS
 from japanese_stable_diffusion.benchmarks.generation import (
+    WAYS,
     Job,
     Process,
     compare,
@@ -42,6 +45,16 @@ def test_ways_take_turns_at_the_same_things(tiny_weights: Path, tmp_path: Path) 
         assert sum(way in line for line in table.splitlines()) == 2
     write(report, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ATTEMPTS)
+def test_attempts_compute_the_same_in_another_way(name: str, tiny_weights: Path) -> None:
+    ours, attempt = (WAYS[way](tiny_weights) for way in ("ours", name))
+    latents, timestep, text = ours.inputs(JOB)
+    expected, found = (way.unet(latents, timestep, text).sample for way in (ours, attempt))
+    furthest = (found.float() - expected).abs().max()
+    assert 1e-4 < furthest < 5e-2 if name == "round_to_bfloat16" else furthest < 1e-4
 
 
 def test_a_process_that_dies_is_an_error_and_not_a_wait(tiny_weights: Path) -> None:
