@@ -80,7 +80,7 @@ class Predictor(BasePredictor):
         ),
         num_inference_steps: int = Input(
             description="ノイズ除去のステップ数。多いほど丁寧で遅い。 / Denoising steps; more are finer and slower.",
-            default=25,
+            default=20,
             ge=1,
             le=500,
         ),

@@ -60,7 +60,7 @@ class Request:
     width: int = 512
     height: int = 512
     num_outputs: int = 1
-    num_inference_steps: int = 25
+    num_inference_steps: int = 20
     guidance_scale: float = 7.5
     scheduler: str = "DPMSolverMultistep"
     seed: int | None = None

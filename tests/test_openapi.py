@@ -38,7 +38,7 @@ def components() -> dict[str, Any]:
         (
             5,
             "num_inference_steps",
-            {"title": "Num Inference Steps", "type": "integer", "default": 25, "minimum": 1, "maximum": 500},
+            {"title": "Num Inference Steps", "type": "integer", "default": 20, "minimum": 1, "maximum": 500},
         ),
         (
             6,
