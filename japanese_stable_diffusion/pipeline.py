@@ -175,7 +175,10 @@ class Pipeline:
         # LCM adds so much noise after every step that what inner layers said is of no use at the next.
         savings = GO_FAST if request.go_fast and request.scheduler != "LCM" else None
         limit = largest_batch(weights, shape)
-        posterior = encode_picture(weights.vae, start.picture, (width, height)) if start else None
+        try:
+            posterior = encode_picture(weights.vae, start.picture, (width, height)) if start else None
+        except torch.OutOfMemoryError:
+            raise _too_large(request, weights) from None
         repainted = cover(start.repainted, shape[1:]) if start and start.repainted else None
         done = 0
         while done < len(seeds):
@@ -236,10 +239,7 @@ class Pipeline:
             except torch.OutOfMemoryError:
                 limit = len(batch) // 2
                 if not limit:
-                    raise RequestError(
-                        f"width, height: not even one picture of {request.width} × {request.height} fits "
-                        f"into the memory of the {weights.device.type} device; fewer pixels may"
-                    ) from None
+                    raise _too_large(request, weights) from None
                 log.info("%d pictures at once do not fit into memory: making %d at once", len(batch), limit)
             speed.free_memory(weights.device)
 
@@ -296,6 +296,13 @@ class Pipeline:
             log.info("%s: is encoded in %d windows of %d tokens", name, len(windows), MAX_LENGTH)
         encoded = [encode(window.ids, self.weights.text_encoder, window.weights) for window in windows]
         return torch.cat(encoded, dim=1)
+
+
+def _too_large(request: Request, weights: Weights) -> RequestError:
+    return RequestError(
+        f"width, height: not even one picture of {request.width} × {request.height} fits "
+        f"into the memory of the {weights.device.type} device; fewer pixels may"
+    )
 
 
 def for_few_steps(request: Request, manifest: Manifest) -> Request:

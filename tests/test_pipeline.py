@@ -586,6 +586,18 @@ def test_a_lora_is_gone_after_an_error(pipeline, lora):
     assert np.array_equal(pictures(pipeline, ask()), before)
 
 
+def test_a_picture_to_start_from_that_is_too_large_for_the_device_is_told_in_a_line(pipeline, photograph):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    failing = pipeline.weights.vae.encoder.register_forward_hook(fail)
+    try:
+        with pytest.raises(RequestError, match=r"^width, height: not even one picture of .* fits"):
+            list(pipeline.generate(ask(image=photograph)))
+    finally:
+        failing.remove()
+
+
 def test_every_picture_tells_the_lora_that_it_was_made_with(pipeline, lora):
     made = [e for e in pipeline.generate(ask(lora=lora, num_outputs=2)) if isinstance(e, Picture)]
     assert [picture.lora_hash for picture in made] == [hash_file(lora)] * 2
