@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 HERE = Path(__file__).parent
 
+Precision = Literal["no", "fp16", "bf16"]
+"""What a stage is computed in, as Accelerate names it: "no" is single precision."""
+
 
 class ConfigurationError(Exception):
     """A configuration can't be used; the message names the file and the entry."""
@@ -60,7 +63,7 @@ class Stage:
     crop: int = 0
     stop: int = 0
     cache_latents: bool = True
-    precision: Literal["no", "fp16", "bf16"] = "no"
+    precision: Precision = "no"
     workers: int = 0
     checkpoint_steps: int = 500
     picture_steps: int = 500

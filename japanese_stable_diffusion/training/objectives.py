@@ -322,12 +322,12 @@ class Consistency(nn.Module):
         start = timesteps // self.spacing * self.spacing + self.spacing - 1
         noisy = self.noise_schedule.add_noise(latents, noise, start)
         with torch.no_grad():
-            texts = torch.cat([ids, self.unconditional_ids.expand_as(ids)])
-            embeddings = self.text_encoder(texts).last_hidden_state
-            predicted = self.teacher(torch.cat([noisy] * 2), start.repeat(2), embeddings).sample.float()
+            texts = torch.cat([ids, self.unconditional_ids[None]])
+            embeddings, unconditional = self.text_encoder(texts).last_hidden_state.split([len(ids), 1])
+            both = torch.cat([embeddings, unconditional.expand_as(embeddings)])
+            predicted = self.teacher(torch.cat([noisy] * 2), start.repeat(2), both).sample.float()
             towards, away = predicted.chunk(2)
             guided = away + self.guidance_scale * (towards - away)
-            embeddings = embeddings.chunk(2)[0]
             target = self._say(*self._step(noisy, guided, start), embeddings)
         errors = (self._say(noisy, start, embeddings) - target).pow(2).mean(dim=(1, 2, 3))
         return {"loss": ((errors + HUBER**2).sqrt() - HUBER).mean(), "error": errors.mean()}

@@ -8,6 +8,7 @@ samples and noise as one would.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
@@ -26,16 +28,18 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from japanese_stable_diffusion.tokenizer import Tokenizer
-from japanese_stable_diffusion.weights import Manifest, Weights
+from japanese_stable_diffusion.weights import WEIGHTS, Manifest, Weights
 
 from .batches import Draws, Steps, cached_moments, fingerprint, loader, noise_for, to_tensor
-from .configuration import Configuration, ConfigurationError, Stage
+from .configuration import Configuration, ConfigurationError, Precision, Stage
 from .evaluation import Ask, Settings, generate, through_autoencoder
 from .export import save_models
 from .objectives import Autoencoding, Consistency, Denoising, Discriminator, Guess, Picturing, Wording
 from .shards import Shards
 from .styles import Pixels
 from .tokenizer import train_tokenizer
+
+log = logging.getLogger(__name__)
 
 Models = dict[str, Any]
 """Models by the names of their folders; diffusers publishes no types."""
@@ -62,8 +66,11 @@ def make_model(name: str, configuration: Configuration, **others: Any) -> Any:
 
 
 def origin_folder(origin: str, runs: Path) -> Path:
-    """Where a stage finds what it starts from: an earlier stage's weights, or any folder (it has a slash)."""
-    return Path(origin) if "/" in origin else runs / origin / "weights"
+    """Where a stage finds what it starts from: an earlier stage's weights, or any folder.
+
+    A folder has a slash, and is looked for in the repository if its path is relative.
+    """
+    return WEIGHTS.parent / origin if "/" in origin else runs / origin / "weights"
 
 
 def start_models(configuration: Configuration, stage: Stage, runs: Path) -> Models:
@@ -92,6 +99,20 @@ def _attend_by_matrix_products(models: Models) -> None:
             models[name].set_attn_processor(AttnProcessor())
     if "text_encoder" in models:
         models["text_encoder"].set_attn_implementation("eager")
+
+
+def computed_precision(stage: Stage, device: torch.device) -> Precision:
+    """The stage's precision, or "no" (single) where a CPU has no instructions for bfloat16.
+
+    PyTorch would imitate them there, and a step would take 15 times as long as in single precision.
+    """
+    if device.type != "cpu" or stage.precision != "bf16":
+        return stage.precision
+    capabilities = torch.cpu.get_capabilities()
+    if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+        return stage.precision
+    log.warning("stage %s: in single precision, for this CPU doesn't compute in bf16", stage.name)
+    return "no"
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -138,7 +159,19 @@ def _objective(
 
 
 def _tokenizer_folder(configuration: Configuration, stage: Stage, shards: Shards, runs: Path) -> Path:
-    """The tokenizer of this stage's language, trained when its language is first met."""
+    """The tokenizer of the weights folder that the text encoder comes from.
+
+    Else that of the stage's language, trained when its language is first met.
+    """
+    origin = stage.start["text_encoder"]
+    if "/" in origin:
+        carried = origin_folder(origin, runs) / "tokenizer"
+        if not (carried / "spiece.model").is_file():
+            raise ConfigurationError(
+                f"stage {stage.name}: text_encoder starts from {origin}, but there is no {carried}/spiece.model; "
+                f"start from a folder with a sentencepiece tokenizer, or from an earlier stage"
+            )
+        return carried
     folder = runs / f"tokenizer-{stage.language}"
     if not (folder / "tokenizer_config.json").is_file():
         texts = (text for about in shards.about for text in about[stage.language])
@@ -185,7 +218,10 @@ def train(
     if weights.is_dir():
         return weights
     share = stage.batch_size // stage.micro_batch_size
-    accelerator = Accelerator(mixed_precision=stage.precision, cpu=cpu)
+    precision = computed_precision(stage, PartialState(cpu=cpu).device)
+    # Stages that run in one process may differ in precision, which Accelerate remembers of the first.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     if stage.batch_size % (stage.micro_batch_size * accelerator.num_processes):
         raise ConfigurationError(
             f"stage {stage.name}: batch_size {stage.batch_size} is not a multiple of micro_batch_size "
@@ -197,6 +233,7 @@ def train(
         )
     accelerator.gradient_accumulation_steps = share // accelerator.num_processes
     shards = Shards(data)
+    runs.mkdir(parents=True, exist_ok=True)
     models = start_models(configuration, stage, runs)
     if accelerator.device.type == "cpu":
         _attend_by_matrix_products(models)

@@ -284,6 +284,47 @@ def test_distilled_weights_make_pictures_in_few_steps_without_guidance(
         assert f"LCM, {steps} steps without guidance" in caplog.text
 
 
+def test_weights_from_elsewhere_are_distilled_with_their_own_tokenizer(
+    runs: Path, drawn_folder: Path, tmp_path: Path
+) -> None:
+    configuration = read_configuration(str(TINY))
+    carried = tmp_path / "carried"
+    publish(runs / "stage2" / "weights", carried, configuration, "stage2", "1")
+    start = {name: str(carried) for name in ("vae", "unet", "teacher", "text_encoder")}
+    stage = replace(configuration.stage("distilled"), start=start, steps=4)
+    trained = train(configuration, stage, drawn_folder, tmp_path / "runs", cpu=True)
+    assert not list((tmp_path / "runs").glob("tokenizer-*"))
+    pieces = (trained / "tokenizer" / "spiece.model").read_bytes()
+    assert pieces == (carried / "tokenizer" / "spiece.model").read_bytes()
+    (carried / "tokenizer" / "spiece.model").unlink()
+    with pytest.raises(ConfigurationError, match=r"no .*carried/tokenizer/spiece\.model"):
+        train(configuration, stage, drawn_folder, tmp_path / "again", cpu=True)
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_bf16_is_computed_where_the_processor_can(
+    able: bool,
+    drawn_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": able})
+    configuration = read_configuration(str(TINY))
+    stage = replace(configuration.stage("autoencoder"), steps=2)
+    weights = {
+        precision: tensors(
+            train(
+                configuration, replace(stage, precision=precision), drawn_folder, tmp_path / precision, True
+            ),
+            "vae",
+        )
+        for precision in ("no", "bf16")
+    }
+    assert same(weights["no"], weights["bf16"]) == (not able)
+    assert ("stage autoencoder: in single precision" in caplog.text) == (not able)
+
+
 class Known(nn.Module):
     """A denoiser that predicts what it is told, times a weight."""
 
