@@ -98,7 +98,7 @@ def speed_up(weights: Weights, switches: Iterable[str] | None = None) -> None:
         SWITCHES[name](weights)
 
 
-def keep_memory(_: Weights) -> None:
+def keep_memory(_: Weights | None = None) -> None:
     """Have glibc keep memory that was freed for the next layer, on a CPU.
 
     It hands large blocks back to the kernel at once, which clears every page of them when they are asked for

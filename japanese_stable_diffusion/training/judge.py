@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from japanese_stable_diffusion.speed import keep_memory
+
 from .shards import Shards
 from .styles import Pixels
 
@@ -278,6 +280,7 @@ def train_judge(data: Path, folder: Path, epochs: int = EPOCHS) -> About:
         ShardError: there are no shards.
         JudgeError: the pictures don't say what they show.
     """
+    keep_memory()
     shards = Shards(data)
     try:
         held_out = np.array([is_held_out(about) for about in shards.about])

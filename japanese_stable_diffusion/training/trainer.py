@@ -27,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from japanese_stable_diffusion.speed import keep_memory
 from japanese_stable_diffusion.tokenizer import Tokenizer
 from japanese_stable_diffusion.weights import WEIGHTS, Manifest, Weights
 
@@ -92,10 +93,13 @@ def start_models(configuration: Configuration, stage: Stage, runs: Path) -> Mode
     return models
 
 
-def _attend_by_matrix_products(models: Models) -> None:
-    # PyTorch's fused attention takes a third of a training step on CPUs, nearly all of it backwards.
+def _suit_to_cpu(models: Models) -> None:
+    """Make a step take less than half of the time on a CPU; but for rounding, it is the same."""
+    keep_memory()
     for name in ("unet", "teacher"):
         if name in models:
+            models[name].to(memory_format=torch.channels_last)
+            # PyTorch's fused attention takes a third of a training step, nearly all of it backwards.
             models[name].set_attn_processor(AttnProcessor())
     if "text_encoder" in models:
         models["text_encoder"].set_attn_implementation("eager")
@@ -168,8 +172,9 @@ def _tokenizer_folder(configuration: Configuration, stage: Stage, shards: Shards
         carried = origin_folder(origin, runs) / "tokenizer"
         if not (carried / "spiece.model").is_file():
             raise ConfigurationError(
-                f"stage {stage.name}: text_encoder starts from {origin}, but there is no {carried}/spiece.model; "
-                f"start from a folder with a sentencepiece tokenizer, or from an earlier stage"
+                f"stage {stage.name}: text_encoder starts from {origin}, but there is no "
+                f"{carried}/spiece.model; start from a folder with a sentencepiece tokenizer, "
+                f"or from an earlier stage"
             )
         return carried
     folder = runs / f"tokenizer-{stage.language}"
@@ -236,7 +241,7 @@ def train(
     runs.mkdir(parents=True, exist_ok=True)
     models = start_models(configuration, stage, runs)
     if accelerator.device.type == "cpu":
-        _attend_by_matrix_products(models)
+        _suit_to_cpu(models)
     tokenizer_folder: Path | None = None
     tokenizer: Tokenizer | None = None
     encode: Callable[[str], list[int]] | None = None
