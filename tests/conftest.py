@@ -1,4 +1,4 @@
-"""A tiny model with random weights, in the layout of a weights folder."""
+"""A tiny model in the layout of a weights folder, and data and a judge of simple shapes."""
 
 from pathlib import Path
 
@@ -6,8 +6,11 @@ import pytest
 import sentencepiece
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from drawn_shards import write_drawn_shards
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from japanese_stable_diffusion.training.judge import train_judge
+from japanese_stable_diffusion.training.shards import Shards
 from japanese_stable_diffusion.weights import Weights, load_weights
 
 SENTENCES = [
@@ -97,3 +100,25 @@ def train_tokenizer(path: Path) -> int:
             minloglevel=2,
         )
     return sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size()
+
+
+@pytest.fixture(scope="session")
+def drawn_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards of simple shapes."""
+    folder = tmp_path_factory.mktemp("drawn") / "data"
+    write_drawn_shards(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drawn(drawn_folder: Path) -> Shards:
+    """Shards of simple shapes, opened."""
+    return Shards(drawn_folder)
+
+
+@pytest.fixture(scope="session")
+def judge_folder(drawn_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A judge that was trained on the simple shapes."""
+    folder = tmp_path_factory.mktemp("judge")
+    train_judge(drawn_folder, folder, epochs=40)
+    return folder

@@ -4,15 +4,16 @@ import json
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+from japanese_stable_diffusion.benchmarks.generation import UPSTREAM_STEPS
 from japanese_stable_diffusion.request import SCHEDULERS, Request
 from japanese_stable_diffusion.schedulers import make_scheduler
-from japanese_stable_diffusion.shortcuts import Savings
+from japanese_stable_diffusion.shortcuts import GO_FAST, Savings
 from japanese_stable_diffusion.training.claims import read_claims
 from japanese_stable_diffusion.training.evaluation import Ask, Settings, generate, score
 from japanese_stable_diffusion.training.judge import Judge
@@ -27,7 +28,7 @@ RANDOM = frozenset({"K_EULER_ANCESTRAL", "LCM"})
 SAVINGS = tuple(
     Savings((low, high), every)
     for every in (1, 2, 3, 4)
-    for low in (0.0, 0.3, 0.6, 1.0)
+    for low in (0.0, 0.5, 1.0)
     for high in (math.inf, 10.0, 5.0)
 )[1:]
 """What may be left out: guidance where there is less or more noise, inner layers at every so many steps."""
@@ -76,15 +77,24 @@ def count_evaluations(
     return count
 
 
-def prompts(count: int) -> list[Ask]:
-    """``count`` prompts of ``claims.toml``, spread over all of it, with what counts as right."""
-    asks = [
-        Ask(claim.prompt, "", zlib.crc32(claim.prompt.encode()), claim.concepts, claim.style)
-        for claims in read_claims()
-        for claim in claims.prompts
+def prompts(count: int, seeds: int = 1) -> list[Ask]:
+    """``count`` prompts of ``claims.toml``, spread over all of it, with what counts as right.
+
+    Each is there ``seeds`` times, with a seed of its own.
+    """
+    all_claims = [claim for claims in read_claims() for claim in claims.prompts]
+    chosen = np.linspace(0, len(all_claims) - 1, min(count, len(all_claims))).round().astype(int)
+    return [
+        Ask(
+            claim.prompt,
+            "",
+            zlib.crc32(f"{claim.prompt}{number or ''}".encode()),
+            claim.concepts,
+            claim.style,
+        )
+        for claim in (all_claims[index] for index in chosen)
+        for number in range(seeds)
     ]
-    chosen = np.linspace(0, len(asks) - 1, min(count, len(asks))).round().astype(int)
-    return [asks[index] for index in chosen]
 
 
 def measure(
@@ -99,27 +109,50 @@ def measure(
     """Every scheduler at every number of steps, with everything that may be left out, from the same noise."""
     points = []
     for scheduler in schedulers:
-
-        def draw(count: int, scheduler: str = scheduler, left_out: Savings | None = None) -> Pixels:
-            settings = Settings(count, guidance_scale, scheduler=scheduler, savings=left_out)
-            return generate(weights, asks, settings, f"{scheduler}, {count} steps")
-
-        limit = None if scheduler in RANDOM else draw(LIMIT)
+        settings = Settings(LIMIT, guidance_scale, scheduler=scheduler)
+        limit = None if scheduler in RANDOM else _draw(weights, asks, settings)
         for count, left_out in product(steps, savings):
-            pictures = draw(count, left_out=left_out)
-            verdict = score(asks, judge.look(pictures)) if judge else None
-            points.append(
-                Point(
-                    scheduler,
-                    count,
-                    count_evaluations(weights, scheduler, count, left_out, guidance_scale),
-                    None if limit is None else distance(pictures, limit),
-                    verdict.concept_top1 if verdict else None,
-                    verdict.style if verdict else None,
-                    left_out,
-                )
-            )
+            settings = replace(settings, steps=count, savings=left_out)
+            points.append(_point(weights, judge, asks, settings, limit))
     return points
+
+
+def compare(weights: Weights, judge: Judge, asks: Sequence[Ask], distilled: Weights | None) -> list[Point]:
+    """Upstream's way, the defaults, `go_fast` and, if there are any, distilled weights; the same noise."""
+    upstream, default = (
+        Settings(UPSTREAM_STEPS, Request.guidance_scale, scheduler="PNDM"),
+        Settings(Request.num_inference_steps, Request.guidance_scale, scheduler=Request.scheduler),
+    )
+    ways = [(weights, upstream), (weights, default), (weights, replace(default, savings=GO_FAST))]
+    if distilled:
+        ways.append((distilled, Settings(distilled.manifest.few_steps, 1.0, scheduler="LCM")))
+    return [_point(drawing, judge, asks, settings) for drawing, settings in ways]
+
+
+def _draw(weights: Weights, asks: Sequence[Ask], settings: Settings) -> Pixels:
+    return generate(weights, asks, settings, f"{settings.scheduler}, {settings.steps} steps")
+
+
+def _point(
+    weights: Weights,
+    judge: Judge | None,
+    asks: Sequence[Ask],
+    settings: Settings,
+    limit: Pixels | None = None,
+) -> Point:
+    pictures = _draw(weights, asks, settings)
+    verdict = score(asks, judge.look(pictures)) if judge else None
+    return Point(
+        settings.scheduler,
+        settings.steps,
+        count_evaluations(
+            weights, settings.scheduler, settings.steps, settings.savings, settings.guidance_scale
+        ),
+        None if limit is None else distance(pictures, limit),
+        verdict.concept_top1 if verdict else None,
+        verdict.style if verdict else None,
+        settings.savings,
+    )
 
 
 def distance(pictures: Pixels, others: Pixels) -> float:

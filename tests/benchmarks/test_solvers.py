@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from japanese_stable_diffusion.benchmarks import solvers
-from japanese_stable_diffusion.request import SCHEDULERS
-from japanese_stable_diffusion.shortcuts import Savings
+from japanese_stable_diffusion.request import SCHEDULERS, Request
+from japanese_stable_diffusion.shortcuts import GO_FAST, Savings
+from japanese_stable_diffusion.training.judge import Judge
 from japanese_stable_diffusion.weights import Weights, load_weights
 
 
@@ -53,6 +55,23 @@ def test_prompts_are_spread_over_all_claims() -> None:
     few, many = solvers.prompts(4), solvers.prompts(10_000)
     assert len(few) == 4 and few[0] == many[0] and few[-1] == many[-1]
     assert len({ask.seed for ask in many}) == len({ask.prompt for ask in many})
+
+
+def test_seeds_of_a_prompt_are_different_and_the_first_stays() -> None:
+    one, three = solvers.prompts(4), solvers.prompts(4, seeds=3)
+    assert three[::3] == one
+    assert len({ask.seed for ask in three}) == len(three) == 12
+
+
+def test_ways_are_judged_on_the_same_noise(weights: Weights, judge_folder: Path) -> None:
+    distilled = replace(weights, manifest=replace(weights.manifest, few_steps=4))
+    points = solvers.compare(weights, Judge(judge_folder), solvers.prompts(3, 2), distilled)
+    upstream, default, go_fast, few = points
+    assert (upstream.scheduler, upstream.steps, upstream.evaluations) == ("PNDM", 50, 51)
+    assert default.evaluations == default.steps == Request().num_inference_steps
+    assert go_fast.savings == GO_FAST and go_fast.evaluations < default.evaluations
+    assert (few.scheduler, few.steps, few.evaluations) == ("LCM", 4, 2)
+    assert all(point.concept is not None and point.style is not None for point in points)
 
 
 def test_what_is_left_out_is_counted(weights: Weights) -> None:
