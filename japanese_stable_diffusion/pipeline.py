@@ -561,7 +561,17 @@ def denoise(
 
 
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> Image.Image:
-    """The RGB picture of one picture's latents, (1, channels, height / factor, width / factor)."""
-    pixels = vae.decode(latents.to(vae.dtype) / vae.config["scaling_factor"]).sample[0]
+    """The RGB picture of one picture's latents, (1, channels, height / factor, width / factor).
+
+    One that doesn't fit into the memory of a GPU as a whole is decoded in tiles of the VAE's native size.
+    They overlap and are blended, but each is normalised by itself, so their colours may differ a little.
+    """
+    latents = latents.to(vae.dtype) / vae.config["scaling_factor"]
+    try:
+        pixels = vae.decode(latents).sample[0]
+    except torch.OutOfMemoryError:
+        speed.free_memory(latents.device)
+        log.info("a picture does not fit into memory while it is decoded: decoding it in tiles")
+        pixels = vae.tiled_decode(latents).sample[0]
     pixels = (pixels / 2 + 0.5).clamp(0, 1) * 255
     return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+import skimage
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from japanese_stable_diffusion.pipeline import (
     Step,
     decode,
     encode,
+    encode_picture,
     first_pass_size,
     generated_size,
     largest_batch,
@@ -28,7 +30,7 @@ from japanese_stable_diffusion.provenance import hash_file
 from japanese_stable_diffusion.request import SCHEDULERS, Request, RequestError
 from japanese_stable_diffusion.schedulers import make_scheduler
 from japanese_stable_diffusion.speed import speed_up
-from japanese_stable_diffusion.weights import Manifest, load_weights
+from japanese_stable_diffusion.weights import WEIGHTS, Manifest, load_weights
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +161,28 @@ def test_after_out_of_memory_the_same_pictures_come_in_smaller_batches(pipeline,
     assert unet.sizes == [14, 6] + [2] * 3 * 7
     assert [event.index for event in events if isinstance(event, Step)][-1] == 7 * 3
     assert "making 3 at once" in caplog.text
+
+
+@torch.inference_mode()
+def test_a_picture_that_does_not_fit_whole_is_decoded_in_tiles(caplog):
+    caplog.set_level(logging.INFO, "japanese_stable_diffusion")
+    vae = load_weights(WEIGHTS / "demo", torch.device("cpu"), torch.float32).vae
+    photograph = Image.fromarray(skimage.data.astronaut()).resize((256, 256))
+    latents, _ = encode_picture(vae, photograph, photograph.size)
+
+    def distance():
+        return np.abs(np.asarray(decode(vae, latents), dtype=int) - np.asarray(photograph)).mean()
+
+    def fail_if_large(_, inputs):
+        if inputs[0].shape[-1] > latents.shape[-1] / 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    whole = distance()
+    assert "in tiles" not in caplog.text
+    vae.decoder.register_forward_pre_hook(fail_if_large)
+    tiled = distance()
+    assert "in tiles" in caplog.text
+    assert whole < tiled < 1.5 * whole
 
 
 def test_a_picture_too_large_for_the_device_is_told_in_one_line(pipeline):
