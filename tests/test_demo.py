@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 
-from japanese_stable_diffusion.weights import WEIGHTS, read_manifest, verify_weights
+from japanese_stable_diffusion.training.evaluation import Ask, Settings, generate
+from japanese_stable_diffusion.training.judge import Judge
+from japanese_stable_diffusion.weights import WEIGHTS, load_weights, read_manifest, verify_weights
 
 DEMO = WEIGHTS / "demo"
 
@@ -26,6 +29,17 @@ def test_they_are_small_and_hold_no_pickle() -> None:
         (path,) = (DEMO / part).glob("*.safetensors")
         with safe_open(path, framework="pt") as tensors:
             assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118 (a safetensors file is no dict)
+
+
+def test_the_judge_is_one_and_sees_what_the_demo_draws() -> None:
+    judge = Judge(WEIGHTS / "judge")
+    assert judge.about.held_out.is_a_judge
+    weights = load_weights(DEMO, torch.device("cpu"), torch.float32)
+    asks = [
+        Ask(prompt, "", 1, (concept,), None) for prompt, concept in (("パンダ", "🐼"), ("だるま", "daruma"))
+    ]
+    verdicts = judge.look(generate(weights, asks, Settings()))
+    assert all(ask.concepts[0] in seen for ask, seen in zip(asks, verdicts.concepts, strict=True))
 
 
 def test_the_first_picture_of_the_readme_is_the_same_twice(monkeypatch: pytest.MonkeyPatch) -> None:
