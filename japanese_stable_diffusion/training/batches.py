@@ -50,10 +50,10 @@ class Draws(Dataset[dict[str, Any]]):
     Item ``position`` is one draw: ``picture`` (3, height, width) in -1 to 1 or ``moments``
     (2·channels, height/f, width/f) from the cache of latents, and ``ids`` (77,), the caption's or the
     empty prompt's. With ``partners`` it is no picture but ``ids`` and ``partner_ids`` (77,) of two captions
-    of one. With ``hands`` there is also what each of so many hands drew for its concept and style:
-    ``drawings`` (hands, 2·channels, height/f, width/f), and ``drawn`` (hands,), False for nothing.
-    Each epoch has an order of its own, and so do the captions; with ``styles_evenly`` all styles are about
-    as frequent in it.
+    of one, the second its first English one if there is ``encode_english``. With ``hands`` there is also
+    what each of so many hands drew for its concept and style: ``drawings`` (hands, 2·channels, height/f,
+    width/f), and ``drawn`` (hands,), False for nothing. Each epoch has an order of its own, and so do the
+    captions; with ``styles_evenly`` all styles are about as frequent in it.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Draws(Dataset[dict[str, Any]]):
         without_hands: Collection[str] = (),
         hands: int = 0,
         styles_evenly: bool = False,
+        encode_english: Callable[[str], list[int]] | None = None,
     ) -> None:
         """Raises ValueError if there are more than ``hands`` hands, and that is more than 1."""
         self.shards = shards
@@ -81,11 +82,14 @@ class Draws(Dataset[dict[str, Any]]):
         self.crop = crop
         self.partners = partners
         self.hands = hands
+        self.encode_english = encode_english
         self.members = np.array(
             [
                 index
                 for index, about in enumerate(shards.about)
-                if about[language] and takes_part(about, only_styles_of_base, without_hands)
+                if about[language]
+                and (about["en"] or not encode_english)
+                and takes_part(about, only_styles_of_base, without_hands)
             ],
             np.int64,
         )
@@ -153,6 +157,14 @@ class Draws(Dataset[dict[str, Any]]):
         assert self.encode
         rng = np.random.default_rng((self.seed, 4, position))
         captions = self.shards.about[index][self.language]
+        if self.encode_english:
+            caption = captions[rng.integers(len(captions))]
+            dropped = rng.random() < self.caption_dropout
+            english = "" if dropped else self.shards.about[index]["en"][0]
+            return {
+                "ids": torch.tensor(self.encode("" if dropped else caption)),
+                "partner_ids": torch.tensor(self.encode_english(english)),
+            }
         two = rng.choice(len(captions), 2, replace=len(captions) < 2)
         ids, partner_ids = (torch.tensor(self.encode(captions[number])) for number in two)
         return {"ids": ids, "partner_ids": partner_ids}

@@ -37,7 +37,7 @@ class Stage:
     """
 
     name: str
-    objective: Literal["autoencoding", "wording", "picturing", "denoising", "consistency"]
+    objective: Literal["autoencoding", "wording", "aligning", "picturing", "denoising", "consistency"]
     train: tuple[str, ...]
     start: dict[str, str]
     steps: int

@@ -146,6 +146,31 @@ class Wording(nn.Module):
         return {"loss": loss / 2, "found": (likeness.argmax(1) == right).float().mean()}
 
 
+class Aligning(nn.Module):
+    """Say of a picture's caption what another text encoder says of its caption in another language.
+
+    Reimers & Gurevych 2020 (arXiv:2004.09813, eq. 1) have a student repeat a sentence's embedding after a
+    teacher of another language; here it repeats all positions, for cross-attention reads them all. Squared
+    errors count in units of the teacher's variance.
+
+    Args:
+        text_encoder: the student.
+        english: the teacher, which isn't trained.
+    """
+
+    def __init__(self, text_encoder: CLIPTextModel, english: CLIPTextModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.english = english
+
+    def forward(self, ids: Tensor, partner_ids: Tensor) -> Losses:
+        """The student's token ids and the teacher's, both (batch, 77), partners at the same place."""
+        with torch.no_grad():
+            expected = self.english(partner_ids).last_hidden_state.float()
+        found = self.text_encoder(ids).last_hidden_state.float()
+        return {"loss": (found - expected).pow(2).mean() / expected.var()}
+
+
 PATCH = 2
 """Latents a side that one position of the text guesses."""
 

@@ -35,7 +35,16 @@ from .batches import Draws, Steps, cached_moments, fingerprint, loader, noise_fo
 from .configuration import Configuration, ConfigurationError, Precision, Stage
 from .evaluation import Ask, Settings, generate, through_autoencoder
 from .export import save_models
-from .objectives import Autoencoding, Consistency, Denoising, Discriminator, Guess, Picturing, Wording
+from .objectives import (
+    Aligning,
+    Autoencoding,
+    Consistency,
+    Denoising,
+    Discriminator,
+    Guess,
+    Picturing,
+    Wording,
+)
 from .shards import Shards
 from .styles import Pixels
 from .tokenizer import train_tokenizer
@@ -52,8 +61,9 @@ MODELS: Models = {
     "guess": Guess,
     "discriminator": Discriminator,
     "teacher": UNet2DConditionModel,
+    "english": CLIPTextModel,
 }
-FOLDERS = {"teacher": "unet"}
+FOLDERS = {"teacher": "unet", "english": "text_encoder"}
 """Where models are found in a weights folder, if not under their own names."""
 KEPT_CHECKPOINTS = 2
 
@@ -101,8 +111,9 @@ def _suit_to_cpu(models: Models) -> None:
             models[name].to(memory_format=torch.channels_last)
             # PyTorch's fused attention takes a third of a training step, nearly all of it backwards.
             models[name].set_attn_processor(AttnProcessor())
-    if "text_encoder" in models:
-        models["text_encoder"].set_attn_implementation("eager")
+    for name in ("text_encoder", "english"):
+        if name in models:
+            models[name].set_attn_implementation("eager")
 
 
 def computed_precision(stage: Stage, device: torch.device) -> Precision:
@@ -141,6 +152,8 @@ def _objective(
         )
     if stage.objective == "wording":
         return Wording(models["text_encoder"])
+    if stage.objective == "aligning":
+        return Aligning(models["text_encoder"], models["english"])
     if stage.objective == "picturing":
         return Picturing(models["text_encoder"], models["guess"])
     if stage.objective == "consistency":
@@ -162,26 +175,32 @@ def _objective(
     )
 
 
-def _tokenizer_folder(configuration: Configuration, stage: Stage, shards: Shards, runs: Path) -> Path:
-    """The tokenizer of the weights folder that the text encoder comes from.
+def _tokenizer_folder(
+    configuration: Configuration, stage: Stage, shards: Shards, runs: Path, model: str, language: str
+) -> Path:
+    """The tokenizer of the weights folder that a text encoder comes from.
 
-    Else that of the stage's language, trained when its language is first met.
+    Else that of its language, trained when it is first met.
     """
-    origin = stage.start["text_encoder"]
+    origin = stage.start[model]
     if "/" in origin:
         carried = origin_folder(origin, runs) / "tokenizer"
         if not (carried / "spiece.model").is_file():
             raise ConfigurationError(
-                f"stage {stage.name}: text_encoder starts from {origin}, but there is no "
+                f"stage {stage.name}: {model} starts from {origin}, but there is no "
                 f"{carried}/spiece.model; start from a folder with a sentencepiece tokenizer, "
                 f"or from an earlier stage"
             )
         return carried
-    folder = runs / f"tokenizer-{stage.language}"
+    folder = runs / f"tokenizer-{language}"
     if not (folder / "tokenizer_config.json").is_file():
-        texts = (text for about in shards.about for text in about[stage.language])
+        texts = (text for about in shards.about for text in about[language])
         train_tokenizer(texts, configuration.vocabulary, folder)
     return folder
+
+
+def _encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer(text).ids
 
 
 def _latest(folder: Path) -> Path | None:
@@ -245,14 +264,19 @@ def train(
     tokenizer_folder: Path | None = None
     tokenizer: Tokenizer | None = None
     encode: Callable[[str], list[int]] | None = None
+    encode_english: Callable[[str], list[int]] | None = None
     moments = None
     if stage.objective != "autoencoding":
         with accelerator.main_process_first():
-            tokenizer_folder = _tokenizer_folder(configuration, stage, shards, runs)
-        tokenizer = words = Tokenizer(tokenizer_folder)
-
-        def encode(text: str) -> list[int]:
-            return words(text).ids
+            tokenizer_folder = _tokenizer_folder(
+                configuration, stage, shards, runs, "text_encoder", stage.language
+            )
+        tokenizer = Tokenizer(tokenizer_folder)
+        encode = _encoder(tokenizer)
+    if "english" in models:
+        with accelerator.main_process_first():
+            english_folder = _tokenizer_folder(configuration, stage, shards, runs, "english", "en")
+        encode_english = _encoder(Tokenizer(english_folder))
 
     if stage.objective in ("picturing", "denoising", "consistency"):
         models["vae"].to(accelerator.device).requires_grad_(False).eval()
@@ -288,10 +312,11 @@ def train(
             stage.caption_dropout,
             moments,
             stage.crop,
-            partners=stage.objective == "wording",
+            partners=stage.objective in ("wording", "aligning"),
             without_hands=stage.without_hands,
             hands=stage.hands if "guess" in models else 0,
             styles_evenly=stage.styles_evenly,
+            encode_english=encode_english,
         )
     except ValueError as error:
         raise ConfigurationError(f"stage {stage.name}: {error}") from None

@@ -37,6 +37,7 @@ from japanese_stable_diffusion.training.configuration import (
 from japanese_stable_diffusion.training.demo import needed_stages
 from japanese_stable_diffusion.training.export import publish
 from japanese_stable_diffusion.training.objectives import (
+    Aligning,
     Autoencoding,
     Consistency,
     Denoising,
@@ -143,6 +144,30 @@ def test_captions_find_their_partners(runs: Path) -> None:
     assert not (runs / "words" / "weights" / "unet").exists()
 
 
+def test_a_text_encoder_learns_to_say_what_one_of_another_language_says(runs: Path) -> None:
+    curve = losses(runs / "aligned_ja")
+    assert np.mean(curve[-3:]) < 0.9 * np.mean(curve[:3])
+    weights = runs / "aligned_ja" / "weights"
+    assert {path.name for path in weights.iterdir()} >= {"text_encoder", "tokenizer"}
+    assert not (weights / "english").exists() and not (weights / "unet").exists()
+    japanese = (runs / "tokenizer-ja" / "spiece.model").read_bytes()
+    assert (weights / "tokenizer" / "spiece.model").read_bytes() == japanese
+
+
+@torch.no_grad()
+def test_what_is_aligned_is_the_error_in_units_of_what_the_teacher_tells_apart(runs: Path) -> None:
+    configuration = read_configuration(str(TINY))
+    models = start_models(configuration, configuration.stage("aligned_ja"), runs)
+    assert same(models["english"].state_dict(), tensors(runs / "base" / "weights", "text_encoder"))
+    ids = torch.randint(4, 20, (3, 77), generator=torch.Generator().manual_seed(1))
+    teacher = models["english"].eval()
+    assert float(Aligning(teacher, teacher)(ids, ids)["loss"]) == 0
+    silent = models["text_encoder"].eval()
+    silent.final_layer_norm.weight.zero_()
+    silent.final_layer_norm.bias.fill_(float(teacher(ids).last_hidden_state.mean()))
+    assert float(Aligning(silent, teacher)(ids, ids)["loss"]) == pytest.approx(1, abs=1e-3)
+
+
 def test_captions_tell_what_their_pictures_look_like(runs: Path) -> None:
     curve = losses(runs / "pictured")
     assert np.mean(curve[-3:]) < np.mean(curve[:3])
@@ -230,6 +255,21 @@ def test_two_captions_of_one_picture_are_partners(drawn: Shards) -> None:
         about = drawn.about[int(draws.members[_order(7, 0, len(draws.members))[position]])]
         texts = ["".join(map(chr, item[name].tolist()[1:])) for name in ("ids", "partner_ids")]
         assert set(texts) <= set(about["ja"]) and (len(set(texts)) == 2 or len(set(about["ja"])) == 1)
+
+
+def test_the_english_partner_of_a_caption_is_the_first(drawn: Shards) -> None:
+    def encode(text: str) -> list[int]:
+        return [len(text)] + [ord(c) for c in text]
+
+    draws = Draws(drawn, "ja", 7, True, encode, 0.3, None, partners=True, encode_english=encode)
+    seen = set()
+    for position in range(40):
+        item = draws[position]
+        about = drawn.about[int(draws.members[_order(7, 0, len(draws.members))[position]])]
+        japanese, english = ("".join(map(chr, item[name].tolist()[1:])) for name in ("ids", "partner_ids"))
+        assert (japanese in about["ja"] and english == about["en"][0]) or (japanese, english) == ("", "")
+        seen.add(bool(japanese))
+    assert seen == {True, False}
 
 
 def test_sample_pictures_and_losses_are_logged(runs: Path) -> None:
@@ -533,7 +573,7 @@ def test_configurations_are_whole(name: str) -> None:
 def test_needed_stages_come_in_order() -> None:
     configuration = read_configuration("demo")
     base = ["autoencoder", "textures", "words", "pictured", "base"]
-    assert needed_stages(configuration, "stage2") == [*base, "words_ja", "pictured_ja", "stage1", "stage2"]
+    assert needed_stages(configuration, "stage2") == [*base, "aligned_ja", "stage1", "stage2"]
 
 
 def test_errors_are_told_in_a_line(drawn_folder: Path, tmp_path: Path) -> None:
