@@ -31,7 +31,7 @@ class Savings:
         return bool(low <= ((1 - signal) / signal) ** 0.5 <= high)
 
 
-GO_FAST = Savings(guided=(0.5, 20.0), inner_every=2)
+GO_FAST = Savings(guided=(0.0, 10.0), inner_every=3)
 
 
 class Shortcut:
