@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -16,9 +17,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, logging
 
 from japanese_stable_diffusion.benchmarks.attempts import ATTEMPTS
 from japanese_stable_diffusion.benchmarks.loading import memory
@@ -78,6 +79,10 @@ class Upstream:
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
         self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
         self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
+        # With the pipeline comes a safety checker, which asks for torchvision and isn't used here.
+        logging.set_verbosity_error()
+        from diffusers import StableDiffusionPipeline
+
         self._pipeline = StableDiffusionPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
@@ -168,7 +173,9 @@ class OpenVINO(Upstream):
         openvino = importlib.import_module("openvino")
         latents, timestep, text = self.inputs(job)
         if self._compiled is None:
-            converted = openvino.convert_model(self.unet, example_input=(latents, timestep, text))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # tracing warns of every branch in diffusers' code
+                converted = openvino.convert_model(self.unet, example_input=(latents, timestep, text))
             precision = {"INFERENCE_PRECISION_HINT": "f32"}
             self._compiled = openvino.compile_model(converted, "CPU", precision)
         self._compiled([latents.numpy(), timestep.numpy(), text.numpy()])
