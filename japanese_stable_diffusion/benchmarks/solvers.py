@@ -69,11 +69,13 @@ def count_evaluations(
     """
     schedule = make_scheduler(scheduler, weights.scheduler_config)
     schedule.set_timesteps(steps)
-    count = 0.0
+    count = known = 0.0
     for step, timestep in enumerate(schedule.timesteps):
-        if savings is None or not step % savings.inner_every:
-            guides = guidance_scale > 1 and (savings is None or savings.guides(schedule, timestep))
-            count += 1 if guides else 0.5
+        guides = guidance_scale > 1 and (savings is None or savings.guides(schedule, timestep))
+        share = 1.0 if guides else 0.5
+        # Where guidance sets in, inner layers were computed for half of what they are needed for.
+        if savings is None or not step % savings.inner_every or known < share:
+            count, known = count + share, share
     return count
 
 

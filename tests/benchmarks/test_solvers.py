@@ -74,6 +74,20 @@ def test_ways_are_judged_on_the_same_noise(weights: Weights, judge_folder: Path)
     assert all(point.concept is not None and point.style is not None for point in points)
 
 
+def test_go_fast_is_counted_as_the_unet_sees_it(weights: Weights) -> None:
+    seen: list[float] = []
+    hook = weights.unet.mid_block.register_forward_hook(
+        lambda module, inputs, output: seen.append(len(inputs[0]) / 2)
+    )
+    try:
+        settings = solvers.Settings(20, 7.5, scheduler="DPMSolverMultistep", savings=GO_FAST)
+        solvers.generate(weights, solvers.prompts(1), settings)
+    finally:
+        hook.remove()
+    assert solvers.count_evaluations(weights, "DPMSolverMultistep", 20, GO_FAST) == sum(seen)
+    assert {0.5, 1} == set(seen)
+
+
 def test_what_is_left_out_is_counted(weights: Weights) -> None:
     count = solvers.count_evaluations
     everything = Savings((0, math.inf), 1)
