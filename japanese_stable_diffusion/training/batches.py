@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -118,11 +118,14 @@ class Draws(Dataset[dict[str, Any]]):
                 item["drawings"], item["drawn"] = self._by_hand(index, position)
         if self.encode:
             rng = np.random.default_rng((self.seed, 1, position))
-            captions = self.shards.about[index][self.language]
-            caption = captions[rng.integers(len(captions))]
-            dropped = rng.random() < self.caption_dropout
-            item["ids"] = torch.tensor(self.encode("" if dropped else caption))
+            item["ids"] = torch.tensor(self.encode(self._caption(index, rng)))
         return item
+
+    def _caption(self, index: int, rng: np.random.Generator) -> str:
+        """One of a sample's captions, or the empty one as often as captions are dropped."""
+        captions: Sequence[str] = self.shards.about[index][self.language]
+        caption = captions[int(rng.integers(len(captions)))]
+        return "" if rng.random() < self.caption_dropout else caption
 
     def _even(self, members: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Members as often as it takes for every style to be seen about as often as the commonest."""
@@ -158,11 +161,10 @@ class Draws(Dataset[dict[str, Any]]):
         rng = np.random.default_rng((self.seed, 4, position))
         captions = self.shards.about[index][self.language]
         if self.encode_english:
-            caption = captions[rng.integers(len(captions))]
-            dropped = rng.random() < self.caption_dropout
-            english = "" if dropped else self.shards.about[index]["en"][0]
+            caption = self._caption(index, rng)
+            english = self.shards.about[index]["en"][0] if caption else ""
             return {
-                "ids": torch.tensor(self.encode("" if dropped else caption)),
+                "ids": torch.tensor(self.encode(caption)),
                 "partner_ids": torch.tensor(self.encode_english(english)),
             }
         two = rng.choice(len(captions), 2, replace=len(captions) < 2)
