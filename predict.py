@@ -14,7 +14,7 @@ from cog import BasePredictor, Input, Path
 from cog.input import FieldInfo
 
 from japanese_stable_diffusion.hub import download_if_wanted
-from japanese_stable_diffusion.images import output_folder, write_image
+from japanese_stable_diffusion.images import empty, output_folder, write_image
 from japanese_stable_diffusion.pipeline import Figures, Picture, Pipeline
 from japanese_stable_diffusion.progress import Progress
 from japanese_stable_diffusion.provenance import Parameters
@@ -179,8 +179,7 @@ class Predictor(BasePredictor):
         manifest = self.pipeline.weights.manifest
         figures = Figures()
         # By the time that Cog asks for the next prediction, it has delivered the files of the last.
-        self.outputs.cleanup()
-        self.outputs = output_folder()
+        empty(self.outputs.name)
         paths = []
         with Progress() as progress:
             for event in self.pipeline.generate(request, figures):

@@ -128,8 +128,14 @@ def fitted_size(request: Request, picture: tuple[int, int]) -> tuple[int, int]:
 
 
 def output_folder() -> "tempfile.TemporaryDirectory[str]":
-    """A new folder for the pictures of one prediction; `cleanup()` or the end of the process removes it."""
+    """A new folder for pictures; `cleanup()` or the end of the process removes it."""
     return tempfile.TemporaryDirectory(prefix="japanese-stable-diffusion-")
+
+
+def empty(folder: str) -> None:
+    """Remove a folder's files, but not the folder: were this cancelled half-way, the next one would go on."""
+    for path in Path(folder).iterdir():
+        path.unlink()
 
 
 def write_image(
