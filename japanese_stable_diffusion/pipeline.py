@@ -543,7 +543,7 @@ def denoise(
         guides = both is not None and (savings is None or savings.guides(scheduler, timestep))
         text = both if both is not None and guides else towards
         batch = torch.cat([model_input] * 2) if guides else model_input
-        if shortcut and savings and step % savings.inner_every and shortcut.knows(len(batch)):
+        if shortcut and savings and shortcut.suffices(len(batch), savings.inner_every):
             predicted = shortcut.outer(batch, timestep, text).float()
         else:
             predicted = shortcut(batch, timestep, text) if shortcut else unet(batch, timestep, text).sample

@@ -16,9 +16,9 @@ class Savings:
     Attributes:
         guided: noise levels σ between which there is guidance, as in Kynkäänniemi et al. 2024
             (arXiv:2404.07724); latents are σ parts of noise to one part of picture.
-        inner_every: steps from one full evaluation of the UNet to the next; between them its inner layers
-            are taken to say what they last said, as in DeepCache (Ma et al. 2024, arXiv:2312.00858) with
-            the outermost branch. 1 leaves out nothing.
+        inner_every: steps from one full evaluation of the UNet to the next at most; between them its inner
+            layers are taken to say what they last said, as in DeepCache (Ma et al. 2024, arXiv:2312.00858)
+            with the outermost branch. 1 leaves out nothing.
     """
 
     guided: tuple[float, float]
@@ -45,6 +45,7 @@ class Shortcut:
         self._unet = unet
         self._block = unet.up_blocks[-1]
         self._inner: torch.Tensor | None = None
+        self._reused = 0
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """The predicted noise, of the shape of `latents`; everything is computed."""
@@ -53,11 +54,15 @@ class Shortcut:
             predicted: torch.Tensor = self._unet(latents, timestep, text).sample
         finally:
             handle.remove()
+        self._reused = 0
         return predicted
 
-    def knows(self, count: int) -> bool:
-        """Whether the inner layers were computed for the last `count` of the latents to come."""
-        return self._inner is not None and len(self._inner) >= count
+    def suffices(self, count: int, inner_every: int) -> bool:
+        """Whether the outer layers will do for `count` latents.
+
+        The inner ones were computed for as many, the last of them, less than `inner_every` evaluations ago.
+        """
+        return self._inner is not None and len(self._inner) >= count and self._reused + 1 < inner_every
 
     def outer(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """The same from the outer layers alone, with what the inner ones said of the last full evaluation.
@@ -67,6 +72,7 @@ class Shortcut:
         """
         if self._inner is None or len(self._inner) < len(latents):
             raise ValueError("the inner layers were not computed for so many latents")
+        self._reused += 1
         unet, block = self._unet, self._block
         embedding = unet.time_embedding(unet.get_time_embed(latents, timestep))
         added = unet.get_aug_embed(embedding, text, {})

@@ -59,11 +59,23 @@ def test_outer_layers_compute_a_part(weights):
 @torch.inference_mode()
 def test_inner_layers_of_fewer_latents_do_not_serve(weights):
     shortcut = Shortcut(weights.unet)
-    assert not shortcut.knows(1)
+    assert not shortcut.suffices(1, inner_every=3)
     shortcut(*inputs(count=1))
-    assert shortcut.knows(1) and not shortcut.knows(2)
+    assert shortcut.suffices(1, inner_every=3) and not shortcut.suffices(2, inner_every=3)
     with pytest.raises(ValueError, match="were not computed"):
         shortcut.outer(*inputs(count=2))
+
+
+@torch.inference_mode()
+def test_inner_layers_serve_for_a_while(weights):
+    shortcut = Shortcut(weights.unet)
+    for _ in range(2):
+        shortcut(*inputs())
+        assert not shortcut.suffices(2, inner_every=1) and shortcut.suffices(2, inner_every=2)
+        shortcut.outer(*inputs())
+        assert not shortcut.suffices(2, inner_every=2) and shortcut.suffices(2, inner_every=3)
+        shortcut.outer(*inputs())
+        assert not shortcut.suffices(2, inner_every=3)
 
 
 def test_guidance_is_given_between_two_noise_levels():

@@ -70,12 +70,15 @@ def count_evaluations(
     schedule = make_scheduler(scheduler, weights.scheduler_config)
     schedule.set_timesteps(steps)
     count = known = 0.0
-    for step, timestep in enumerate(schedule.timesteps):
+    reused = 0
+    for timestep in schedule.timesteps:
         guides = guidance_scale > 1 and (savings is None or savings.guides(schedule, timestep))
         share = 1.0 if guides else 0.5
         # Where guidance sets in, inner layers were computed for half of what they are needed for.
-        if savings is None or not step % savings.inner_every or known < share:
-            count, known = count + share, share
+        if savings and share <= known and reused + 1 < savings.inner_every:
+            reused += 1
+        else:
+            count, known, reused = count + share, share, 0
     return count
 
 
