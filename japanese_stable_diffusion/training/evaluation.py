@@ -25,6 +25,7 @@ from tqdm import tqdm
 from japanese_stable_diffusion.pipeline import Figures, denoise, draw, encode
 from japanese_stable_diffusion.schedulers import make_scheduler
 from japanese_stable_diffusion.shortcuts import Savings
+from japanese_stable_diffusion.speed import speed_up
 from japanese_stable_diffusion.weights import Weights, hash_files, load_weights
 
 from . import emoji
@@ -397,6 +398,7 @@ class Evaluation:
     def _load(self, model: str) -> Weights:
         if model not in self._weights:
             self._weights[model] = load_weights(self.folders[model], self.judge.device, torch.float32)
+            speed_up(self._weights[model])
         return self._weights[model]
 
     def _detail(self, row: Row, verdicts: Verdicts) -> dict[str, Any]:
