@@ -227,9 +227,10 @@ def noise_for(
     return torch.stack(posterior), torch.stack(noise), torch.stack(steps)
 
 
-def fingerprint(shards: Shards, vae_file: Path) -> str:
-    """A name for the latents of these shards under this autoencoder."""
+def fingerprint(shards: Shards, vae_file: Path, without_hands: Collection[str] = ()) -> str:
+    """A name for the latents of these shards, but for those hands', under this autoencoder."""
     digest = hashlib.sha256(vae_file.read_bytes())
+    digest.update("\n".join(without_hands).encode())
     for path in shards.paths:
         digest.update(f"{path.name} {path.stat().st_size}".encode())
     digest.update("\n".join(shards.keys).encode())
@@ -238,32 +239,36 @@ def fingerprint(shards: Shards, vae_file: Path) -> str:
 
 @torch.inference_mode()
 def cached_moments(
-    shards: Shards, vae: AutoencoderKL, path: Path, accelerator: Accelerator
+    shards: Shards,
+    vae: AutoencoderKL,
+    path: Path,
+    accelerator: Accelerator,
+    without_hands: Collection[str] = (),
 ) -> npt.NDArray[np.float16]:
     """Mean and log-variance of every picture's latents, (samples, 2·channels, height, width), memory-mapped.
 
-    They are computed once, by all processes together; a broken-off computation leaves no such file behind.
+    Zeros stand for pictures by ``without_hands``. They are computed once, by all processes together; a
+    broken-off computation leaves no such file behind.
     """
     if not path.exists():
         partial = path.with_suffix(".partial")
+        members = [i for i, about in enumerate(shards.about) if about.get("hand") not in without_hands]
 
-        def encode(first: int) -> npt.NDArray[np.float16]:
-            pictures = [
-                to_tensor(shards.picture(index))
-                for index in range(first, min(first + ENCODED_TOGETHER, len(shards)))
-            ]
-            moments = vae.encode(torch.stack(pictures).to(accelerator.device)).latent_dist.parameters
+        def encode(indices: Sequence[int]) -> npt.NDArray[np.float16]:
+            pictures = torch.stack([to_tensor(shards.picture(index)) for index in indices])
+            moments = vae.encode(pictures.to(accelerator.device)).latent_dist.parameters
             return np.asarray(moments.half().cpu().numpy())
 
         if accelerator.is_main_process:
-            shape = (len(shards), *encode(0).shape[1:])
+            shape = (len(shards), *encode([0]).shape[1:])
             np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape).flush()
         accelerator.wait_for_everyone()
         cache = np.load(partial, mmap_mode="r+")
         stride = ENCODED_TOGETHER * accelerator.num_processes
-        mine = range(ENCODED_TOGETHER * accelerator.process_index, len(shards), stride)
+        mine = range(ENCODED_TOGETHER * accelerator.process_index, len(members), stride)
         for first in tqdm(mine, desc="latents", unit="batch", disable=not accelerator.is_main_process):
-            cache[first : first + ENCODED_TOGETHER] = encode(first)
+            indices = members[first : first + ENCODED_TOGETHER]
+            cache[indices] = encode(indices)
         cache.flush()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:

@@ -31,8 +31,6 @@ class Stage:
     tell them apart (1: it takes them for one).
     ``few_steps`` is how many a denoiser is distilled for (0: it isn't), and ``guidance_scale`` what it learns
     to do without.
-    ``adversarial_weight`` is what a discriminator's opinion counts in an autoencoder's loss, if there is one,
-    and ``feature_weight`` the error of what it sees.
     ``crop`` trains an autoencoder on squares of so many pixels cut out at random (0: whole pictures).
     """
 
@@ -57,8 +55,6 @@ class Stage:
     weight_limit: float = 0.0
     guidance_scale: float = 7.5
     kl_weight: float = 1e-4
-    adversarial_weight: float = 0.0
-    feature_weight: float = 0.0
     few_steps: int = 0
     crop: int = 0
     stop: int = 0

@@ -8,7 +8,6 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 from transformers import CLIPTextModel
 
@@ -21,69 +20,17 @@ CHROMA_WEIGHT = 3.0
 small autoencoder that weighs them alike learns outlines first and leaves every red brown for a long time."""
 
 
-class Discriminator(ModelMixin, ConfigMixin):
-    """Tells patches of pictures from patches that came out of an autoencoder (Isola et al. 2017, PatchGAN).
-
-    It is shown the latents too, as that paper's is shown what a picture is made from (arXiv:1611.07004, 3.2):
-    grain or hatching must be those of the picture that the latents speak of, not of any.
-
-    Args:
-        latent_channels: of the autoencoder.
-        factor: pixels a side that one latent stands for; a multiple of 4.
-        width: channels of the first layer, a multiple of 4.
-    """
-
-    @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, latent_channels: int, factor: int = 8, width: int = 32) -> None:
-        super().__init__()
-        self.halves = nn.Conv2d(3, width, 4, 2, 1)
-        self.quarters = nn.Conv2d(width, 2 * width, 4, 2, 1)
-        self.latents = nn.Conv2d(latent_channels, 2 * width, 1)
-        self.around = nn.Sequential(
-            nn.GroupNorm(8, 2 * width), nn.LeakyReLU(0.2), nn.Conv2d(2 * width, 2 * width, 3, 1, 1)
-        )
-        self.verdict = nn.Sequential(
-            nn.GroupNorm(8, 2 * width), nn.LeakyReLU(0.2), nn.Conv2d(2 * width, 1, 3, 1, 1)
-        )
-
-    def forward(self, pixels: Tensor, latents: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What it thinks of (batch, 3, height, width) in -1 to 1, made from these latents, and why.
-
-        Returns (batch, 1, height / 4, width / 4), high where a patch passes for a picture's own, and what its
-        layers see of the pixels, (batch, channels, height / f, width / f) each.
-        """
-        told = functional.interpolate(self.latents(latents), scale_factor=self.config["factor"] // 4)
-        halves = self.halves(pixels)
-        quarters = self.quarters(functional.leaky_relu(halves, 0.2))
-        around = self.around(quarters + told)
-        return self.verdict(around), (halves, quarters, around)
-
-
 class Autoencoding(nn.Module):
     """L1 + L2 reconstruction error and a small KL term (Rombach et al. 2022, arXiv:2112.10752, app. G).
 
     The error's brightness (its mean over the channels) and its colour (the rest) weigh as
-    ``CHROMA_WEIGHT`` says. With a ``discriminator`` there is also that paper's adversarial term, in the form
-    of a hinge (Lim & Ye 2017, arXiv:1705.02894): what is too fine for the latents, the error would have
-    blurred, and the discriminator wants to see some of its kind. That it is the right kind, the latents
-    have to tell, and they learn that from a second error, of what the discriminator's layers see (Larsen et
-    al. 2016, arXiv:1512.09300). All learn from the same steps.
+    ``CHROMA_WEIGHT`` says. That paper's adversarial term is left out: flat art has little texture to gain.
     """
 
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        kl_weight: float,
-        discriminator: Discriminator | None = None,
-        adversarial_weight: float = 0.0,
-        feature_weight: float = 0.0,
-    ) -> None:
+    def __init__(self, vae: AutoencoderKL, kl_weight: float) -> None:
         super().__init__()
         self.vae = vae
         self.kl_weight = kl_weight
-        self.discriminator = discriminator
-        self.adversarial_weight = adversarial_weight
-        self.feature_weight = feature_weight
 
     def forward(self, pixels: Tensor, noise: Tensor) -> Losses:
         """``pixels`` (batch, 3, height, width) in -1 to 1; ``noise`` shaped as the latents."""
@@ -94,30 +41,7 @@ class Autoencoding(nn.Module):
         difference = brightness + CHROMA_WEIGHT * (difference - brightness)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         l1, l2 = difference.abs().mean(), difference.pow(2).mean()
-        losses = {"loss": l1 + l2 + self.kl_weight * kl, "l1": l1, "kl": kl}
-        if self.discriminator is not None:
-            latents = posterior.mean.detach()
-            # One step trains both: the autoencoder must please a discriminator that doesn't learn from that.
-            still = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-            pleased, seen = functional_call(self.discriminator, still, (restored, latents))
-            false, _ = self.discriminator(restored.detach(), latents)
-            true, features = self.discriminator(pixels, latents)
-            unlike = [
-                _relative_error(mine, theirs.detach()) for mine, theirs in zip(seen, features, strict=True)
-            ]
-            losses["features"] = torch.stack(unlike).mean()
-            losses["discriminator"] = (functional.relu(1 - true) + functional.relu(1 + false)).float().mean()
-            losses["loss"] = (
-                losses["loss"]
-                - self.adversarial_weight * pleased.float().mean()
-                + self.feature_weight * losses["features"]
-                + losses["discriminator"]
-            )
-        return losses
-
-
-def _relative_error(found: Tensor, expected: Tensor) -> Tensor:
-    return (found - expected).float().abs().mean() / expected.float().abs().mean()
+        return {"loss": l1 + l2 + self.kl_weight * kl, "l1": l1, "kl": kl}
 
 
 TEMPERATURE = 0.07

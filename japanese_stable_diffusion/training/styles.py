@@ -81,10 +81,10 @@ def oil_painting(drawing: Pixels, rng: np.random.Generator) -> Pixels:
     size = drawing.shape[0]
     tones = [(196, 160, 110), (120, 140, 130), (150, 120, 110), (110, 125, 160), (170, 150, 90)]
     tone = np.array(tones[rng.integers(len(tones))], np.float32)
-    brushed = _noise(size, 18, rng)[..., None] * 20 + _noise(size, 7, rng)[..., None] * 7
+    brushed = _noise(size, 28, rng)[..., None] * 14 + _noise(size, 10, rng)[..., None] * 4
     picture = _over(drawing, np.clip(tone + brushed, 0, 255))
-    picture = np.clip(picture + _noise(size, 6, rng)[..., None] * 8, 0, 255).astype(np.uint8)
-    picture = cv2.xphoto.oilPainting(picture, 5, 1)
+    picture = np.clip(picture + _noise(size, 10, rng)[..., None] * 6, 0, 255).astype(np.uint8)
+    picture = cv2.xphoto.oilPainting(picture, 6, 1)
     # Light from the upper left on the ridges of the paint.
     ridges = cv2.GaussianBlur(_luminance(picture), (0, 0), 1.2)
     relief = cv2.filter2D(ridges, -1, np.array([[-2, -1, 0], [-1, 0, 1], [0, 1, 2]], np.float32))
@@ -92,19 +92,29 @@ def oil_painting(drawing: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def watercolor(drawing: Pixels, rng: np.random.Generator) -> Pixels:
-    """Pale washes that run at the edges, on rough paper."""
+    """Pale washes, darker at the rim, on one wide wash that leaves white paper around."""
     size = drawing.shape[0]
-    shift = np.stack([_noise(size, 12, rng), _noise(size, 12, rng)]) * 1.5
+    shift = np.stack([_noise(size, 16, rng), _noise(size, 16, rng)]) * 2
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float32)
-    picture = _over(drawing, np.full((size, size, 3), 255, np.float32))
-    picture = cv2.remap(
-        picture, columns + shift[0], rows + shift[1], cv2.INTER_LINEAR, borderValue=(255, 255, 255)
-    )
-    picture = cv2.stylization(picture, sigma_s=20, sigma_r=0.5)
-    wash = 0.66 + 0.11 * _noise(size, 30, rng)[..., None]
-    washed = 255 - (255 - picture.astype(np.float32)) * np.clip(wash, 0.35, 0.95)
-    paper = _ground(size, (250, 248, 242), rng, 3, 5) / 255
-    return np.clip(washed * paper, 0, 255).astype(np.uint8)
+    shifted = cv2.remap(drawing, columns + shift[0], rows + shift[1], cv2.INTER_LINEAR)
+    alpha = shifted[..., 3:].astype(np.float32) / 255
+    pigment = cv2.bilateralFilter(np.ascontiguousarray(shifted[..., :3]), 9, 60, 9)
+    strength = np.clip(0.62 + 0.14 * _noise(size, 30, rng), 0.3, 0.9)[..., None]
+    pale = 255 - (255 - pigment.astype(np.float32)) * strength
+
+    tints = [(150, 196, 226), (166, 214, 170), (246, 206, 140), (240, 178, 184), (196, 178, 226)]
+    tint = np.array(tints[rng.integers(len(tints))], np.float32)
+    wide = np.hypot(rows - size / 2, columns - size / 2) / size + 0.035 * _noise(size, 40, rng)
+    inside = 1 / (1 + np.exp((wide - 0.43) * 60))
+    rim = inside * (1 - inside) * 4
+    wash = (inside * np.clip(0.55 + 0.14 * _noise(size, 36, rng), 0.15, 0.9) + 0.3 * rim)[..., None]
+    paper = np.array((252, 250, 245), np.float32)
+    ground = paper - (paper - tint) * np.clip(wash, 0, 1)
+
+    gathered = cv2.GaussianBlur(alpha[..., 0], (0, 0), 3)
+    edge = (alpha[..., 0] * np.clip(1 - gathered, 0, 1))[..., None]
+    picture = (pale * alpha + ground * (1 - alpha)) * (1 - 0.6 * edge)
+    return np.clip(picture, 0, 255).astype(np.uint8)
 
 
 def pixel_art(drawing: Pixels, rng: np.random.Generator) -> Pixels:
@@ -116,15 +126,22 @@ def pixel_art(drawing: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def pencil(drawing: Pixels, rng: np.random.Generator) -> Pixels:
-    """Graphite: outlines and hatching, no colour."""
+    """Graphite without colour: outlines and hatching, before a ground of broad slanting strokes."""
     size = drawing.shape[0]
-    flat = illustration(drawing, rng)
-    shade = cv2.GaussianBlur(_luminance(flat), (0, 0), 1.5)
+    shade = cv2.GaussianBlur(_luminance(illustration(drawing, rng)), (0, 0), 1.5)
+    alpha = cv2.GaussianBlur(drawing[..., 3].astype(np.float32) / 255, (0, 0), 1.0)
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float32)
-    hatch = 0.5 + 0.5 * np.sin((rows + columns) * 0.8 + _noise(size, 20, rng) * 0.8)
-    tone = 1 - (1 - shade) * (0.25 + 0.45 * hatch)
-    tone = tone * (1 - 0.75 * _edges(drawing, 2))
-    paper = _ground(size, (246, 245, 243), rng, 2, 4)
+    wobble = _noise(size, 30, rng)
+    hatch = 0.5 + 0.5 * np.sin((rows + columns) * 0.4 + wobble)
+    subject = 1 - (1 - shade) * (0.4 + 0.4 * hatch)
+    # The strokes end raggedly short of the sheet's edge.
+    reach = np.abs(rows - columns) / size * 0.5 + np.abs(rows + columns - size) / size * 0.62
+    fade = 1 / (1 + np.exp((reach + 0.04 * _noise(size, 12, rng) - 0.46) * 40))
+    strokes = 0.5 + 0.5 * np.sin((rows + columns) * 0.3 + 0.5 * wobble)
+    ground = 1 - fade * (0.26 + 0.2 * strokes)
+    tone = subject * alpha + ground * (1 - alpha)
+    tone = tone * (1 - 0.8 * _edges(drawing, 3))
+    paper = _ground(size, (244, 242, 236), rng, 6, 3)
     return np.clip(paper * tone[..., None], 0, 255).astype(np.uint8)
 
 

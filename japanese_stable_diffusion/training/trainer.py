@@ -40,7 +40,6 @@ from .objectives import (
     Autoencoding,
     Consistency,
     Denoising,
-    Discriminator,
     Guess,
     Picturing,
     Wording,
@@ -59,7 +58,6 @@ MODELS: Models = {
     "unet": UNet2DConditionModel,
     "text_encoder": CLIPTextModel,
     "guess": Guess,
-    "discriminator": Discriminator,
     "teacher": UNet2DConditionModel,
     "english": CLIPTextModel,
 }
@@ -143,13 +141,7 @@ def _objective(
         model.requires_grad_(name in stage.train)
         model.train(name in stage.train)
     if stage.objective == "autoencoding":
-        return Autoencoding(
-            models["vae"],
-            stage.kl_weight,
-            models.get("discriminator"),
-            stage.adversarial_weight,
-            stage.feature_weight,
-        )
+        return Autoencoding(models["vae"], stage.kl_weight)
     if stage.objective == "wording":
         return Wording(models["text_encoder"])
     if stage.objective == "aligning":
@@ -282,9 +274,9 @@ def train(
         models["vae"].to(accelerator.device).requires_grad_(False).eval()
         if stage.cache_latents:
             origin = origin_folder(stage.start["vae"], runs) / "vae" / "diffusion_pytorch_model.safetensors"
-            path = runs / f"latents-{fingerprint(shards, origin)}.npy"
+            path = runs / f"latents-{fingerprint(shards, origin, stage.without_hands)}.npy"
             with accelerator.autocast():
-                moments = cached_moments(shards, models["vae"], path, accelerator)
+                moments = cached_moments(shards, models["vae"], path, accelerator, stage.without_hands)
     objective = _objective(configuration, stage, models, tokenizer)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(

@@ -38,10 +38,8 @@ from japanese_stable_diffusion.training.demo import needed_stages
 from japanese_stable_diffusion.training.export import publish
 from japanese_stable_diffusion.training.objectives import (
     Aligning,
-    Autoencoding,
     Consistency,
     Denoising,
-    Discriminator,
     Guess,
     Picturing,
 )
@@ -90,52 +88,6 @@ def test_the_autoencoder_learns_and_scales_its_latents(runs: Path) -> None:
     assert curve[-1] < 0.9 * curve[0]
     config = json.loads((runs / "autoencoder" / "weights" / "vae" / "config.json").read_text())
     assert config["scaling_factor"] != 0.18215
-
-
-def test_an_autoencoder_and_its_discriminator_train_each_other(runs: Path) -> None:
-    before, after = (runs / name / "weights" for name in ("autoencoder", "textures"))
-    assert not same(tensors(before, "vae"), tensors(after, "vae"))
-    curve = [json.loads(line) for line in (runs / "textures" / "loss.jsonl").read_text().splitlines()]
-    assert curve[-1]["discriminator"] < curve[0]["discriminator"]
-
-
-def test_autoencoder_and_discriminator_each_descend_their_own_loss() -> None:
-    torch.manual_seed(0)
-    configuration = read_configuration(str(TINY))
-    vae, discriminator = make_model("vae", configuration), make_model("discriminator", configuration)
-    pixels, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 8, 8)
-    Autoencoding(vae, 1e-4, discriminator, 0.5, 0.25)(pixels, noise)["loss"].backward()
-    posterior = vae.encode(pixels).latent_dist
-    restored = vae.decode(posterior.mean + posterior.std * noise).sample
-    latents = posterior.mean.detach()
-    verdict, seen = discriminator(restored, latents)
-    true, features = discriminator(pixels, latents)
-    false, _ = discriminator(restored.detach(), latents)
-    unlike = [
-        (f - e.detach()).abs().mean() / e.abs().mean().detach() for f, e in zip(seen, features, strict=True)
-    ]
-    # What each would descend if the other were fixed.
-    plain = Autoencoding(vae, 1e-4)(pixels, noise)["loss"]
-    rivals: tuple[tuple[nn.Module, torch.Tensor], ...] = (
-        (vae, plain - 0.5 * verdict.mean() + 0.25 * sum(unlike) / len(unlike)),
-        (discriminator, (1 - true).relu().mean() + (1 + false).relu().mean()),
-    )
-    for model, loss in rivals:
-        parameters = list(model.parameters())
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
-        for parameter, expected in zip(parameters, gradients, strict=True):
-            torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
-
-
-@torch.no_grad()
-def test_a_discriminator_looks_at_patches_and_at_their_latents() -> None:
-    torch.manual_seed(0)
-    discriminator = Discriminator(4, factor=8, width=4)
-    pixels, latents = torch.rand(1, 3, 64, 64), torch.randn(1, 4, 8, 8)
-    verdict, features = discriminator(pixels, latents)
-    assert verdict.shape == (1, 1, 16, 16) and features[0].shape == (1, 4, 32, 32)
-    assert not torch.equal(verdict, discriminator(pixels, latents + 1)[0])
-    assert not torch.equal(verdict, discriminator(pixels.flip(3), latents)[0])
 
 
 def test_captions_find_their_partners(runs: Path) -> None:
@@ -572,7 +524,7 @@ def test_configurations_are_whole(name: str) -> None:
 
 def test_needed_stages_come_in_order() -> None:
     configuration = read_configuration("demo")
-    base = ["autoencoder", "textures", "words", "pictured", "base"]
+    base = ["autoencoder", "whole", "words", "pictured", "base"]
     assert needed_stages(configuration, "stage2") == [*base, "aligned_ja", "stage1", "stage2"]
 
 
