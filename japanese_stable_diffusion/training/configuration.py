@@ -30,7 +30,7 @@ class Stage:
     ``without_hands`` names those whose pictures are left out; ``hands`` counts the others, if a guess is to
     tell them apart (1: it takes them for one).
     ``few_steps`` is how many a denoiser is distilled for (0: it isn't), and ``guidance_scale`` what it learns
-    to do without.
+    to do without, ``skip`` timesteps of the teacher's at a time.
     ``crop`` trains an autoencoder on squares of so many pixels cut out at random (0: whole pictures).
     """
 
@@ -56,6 +56,7 @@ class Stage:
     guidance_scale: float = 7.5
     kl_weight: float = 1e-4
     few_steps: int = 0
+    skip: int = 20
     crop: int = 0
     stop: int = 0
     cache_latents: bool = True

@@ -229,7 +229,7 @@ class Consistency(nn.Module):
     The student says at once where a path of the teacher's, with guidance, ends, whichever point of the path
     it is shown: what it says of a point must be what it says of the next. That one counts as given (Song &
     Dhariwal 2023, arXiv:2310.14189, found no use in averaging the weights that say it). Steps are those of
-    DDIM between points of the grid that the scheduler LCM takes its own from.
+    DDIM, from the points of the grid that the scheduler LCM takes its own from.
 
     Args:
         unet: the student; begins as the teacher.
@@ -238,6 +238,8 @@ class Consistency(nn.Module):
         scheduler: the noise schedule.
         guidance_scale: that the student learns to do without.
         unconditional_ids: of the empty caption, (77,).
+        skip: timesteps from a point to the next, that paper's k. What the student says of the last point has
+            to come up from the first, step by step; long steps bring it there sooner, less exactly.
     """
 
     def __init__(
@@ -248,12 +250,14 @@ class Consistency(nn.Module):
         scheduler: dict[str, Any],
         guidance_scale: float,
         unconditional_ids: Tensor,
+        skip: int = 20,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.teacher = teacher
         self.text_encoder = text_encoder
         self.guidance_scale = guidance_scale
+        self.skip = skip
         self.noise_schedule: LCMScheduler = make_scheduler("LCM", scheduler)
         grid = self.noise_schedule.config["original_inference_steps"]
         self.spacing = self.noise_schedule.config["num_train_timesteps"] // grid
@@ -282,8 +286,8 @@ class Consistency(nn.Module):
         return {"loss": ((errors + HUBER**2).sqrt() - HUBER).mean(), "error": errors.mean()}
 
     def _step(self, noisy: Tensor, noise: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of DDIM down the grid, and where it leads; from the last point to clean latents, -1."""
-        end = start - self.spacing
+        """One step of DDIM, and where it leads; below 0 to clean latents."""
+        end = start - self.skip
         signal = self.signal[start][:, None, None, None]
         left = torch.where(end < 0, 1.0, self.signal[end.clamp(min=0)])[:, None, None, None]
         clean = _without_noise(noisy, noise, signal)

@@ -157,6 +157,7 @@ def _objective(
             configuration.scheduler,
             stage.guidance_scale,
             torch.tensor(tokenizer("").ids),
+            stage.skip,
         )
     return Denoising(
         models["unet"],

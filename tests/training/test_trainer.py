@@ -324,14 +324,19 @@ class Known(nn.Module):
         super().__init__()
         self.noise = noise
         self.weight = nn.Parameter(torch.ones(()))
+        self.asked: list[torch.Tensor] = []
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> SimpleNamespace:
         assert timesteps.min() >= 0 and len(timesteps) == len(noisy) == len(text)
+        self.asked.append(timesteps)
         noise = self.noise.repeat(len(noisy) // len(self.noise), 1, 1, 1)
         return SimpleNamespace(sample=self.weight * noise)
 
 
-def test_a_student_is_consistent_if_it_says_of_every_point_where_the_path_of_the_teacher_ends() -> None:
+@pytest.mark.parametrize("skip", [20, 80, 1000])
+def test_a_student_is_consistent_if_it_says_of_every_point_where_the_path_of_the_teacher_ends(
+    skip: int,
+) -> None:
     configuration = read_configuration(str(TINY))
     text_encoder = make_model("text_encoder", configuration).requires_grad_(False)
     latents, noise = torch.randn(2, 8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -343,13 +348,14 @@ def test_a_student_is_consistent_if_it_says_of_every_point_where_the_path_of_the
     ) -> dict[str, torch.Tensor]:
         nothing = torch.full((77,), 3)
         objective = Consistency(
-            student, teacher, text_encoder, configuration.scheduler, guidance_scale, nothing
+            student, teacher, text_encoder, configuration.scheduler, guidance_scale, nothing, skip
         )
         found: dict[str, torch.Tensor] = objective(latents, noise, timesteps, ids)
         return found
 
     right, other = Known(noise), Known(noise + 0.1)
     assert losses(right, right)["error"] < 1e-5
+    assert torch.equal(right.asked[1], (right.asked[2] - skip).clamp(min=0))
     wrong = losses(other, right)
     assert wrong["error"] > 1e-3
     wrong["loss"].backward()
