@@ -256,8 +256,21 @@ def test_the_pictures_of_a_prediction_go_when_the_next_is_made(predictor):
     [path, _] = predictor.predict(num_outputs=2, **SMALL)
     assert len(os.listdir(path.parent)) == 2
     [following] = predictor.predict(**SMALL)
-    assert not path.parent.exists()
-    assert following.exists()
+    assert following.parent == path.parent
+    assert os.listdir(path.parent) == ["output.0.png"]
+
+
+def test_pictures_go_though_their_removal_was_cancelled(predictor, monkeypatch):
+    predictor.predict(num_outputs=2, **SMALL)
+
+    def cancel(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", cancel)
+        predictor.predict(**SMALL)
+    [following] = predictor.predict(**SMALL)
+    assert os.listdir(following.parent) == ["output.0.png"]
 
 
 @pytest.mark.parametrize(("part", "calls"), [("text_encoder", 1), ("unet", 3), ("vae.decoder", 2)])
