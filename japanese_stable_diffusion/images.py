@@ -133,7 +133,11 @@ def output_folder() -> "tempfile.TemporaryDirectory[str]":
 
 
 def empty(folder: str) -> None:
-    """Remove a folder's files, but not the folder: were this cancelled half-way, the next one would go on."""
+    """Remove a folder's files, but not the folder: were this cancelled half-way, the next one would go on.
+
+    A folder that is gone is made again, for machines clean up temporary files that lie unused.
+    """
+    Path(folder).mkdir(mode=0o700, exist_ok=True)
     for path in Path(folder).iterdir():
         path.unlink()
 

@@ -8,6 +8,7 @@ import logging
 import math
 import operator
 import os
+import shutil
 import threading
 import typing
 from pathlib import Path
@@ -269,6 +270,13 @@ def test_pictures_go_though_their_removal_was_cancelled(predictor, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "unlink", cancel)
         predictor.predict(**SMALL)
+    [following] = predictor.predict(**SMALL)
+    assert os.listdir(following.parent) == ["output.0.png"]
+
+
+def test_the_machine_may_clean_up_temporary_folders(predictor):
+    [path] = predictor.predict(**SMALL)
+    shutil.rmtree(path.parent)
     [following] = predictor.predict(**SMALL)
     assert os.listdir(following.parent) == ["output.0.png"]
 
