@@ -543,7 +543,7 @@ def denoise(
         guides = both is not None and (savings is None or savings.guides(scheduler, timestep))
         text = both if both is not None and guides else towards
         batch = torch.cat([model_input] * 2) if guides else model_input
-        if shortcut and savings and shortcut.suffices(len(batch), savings.inner_every):
+        if shortcut and savings and shortcut.suffices(len(batch), savings):
             predicted = shortcut.outer(batch, timestep, text).float()
         else:
             predicted = shortcut(batch, timestep, text) if shortcut else unet(batch, timestep, text).sample

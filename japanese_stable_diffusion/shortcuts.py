@@ -30,6 +30,10 @@ class Savings:
         low, high = self.guided
         return bool(low <= ((1 - signal) / signal) ** 0.5 <= high)
 
+    def reuses(self, computed: float, wanted: float, reused: int) -> bool:
+        """Whether inner layers computed for so many latents do for those wanted, reused so often before."""
+        return wanted <= computed and reused + 1 < self.inner_every
+
 
 GO_FAST = Savings(guided=(0.0, 10.0), inner_every=3)
 
@@ -57,12 +61,9 @@ class Shortcut:
         self._reused = 0
         return predicted
 
-    def suffices(self, count: int, inner_every: int) -> bool:
-        """Whether the outer layers will do for `count` latents.
-
-        The inner ones were computed for as many, the last of them, less than `inner_every` evaluations ago.
-        """
-        return self._inner is not None and len(self._inner) >= count and self._reused + 1 < inner_every
+    def suffices(self, count: int, savings: Savings) -> bool:
+        """Whether the outer layers will do for `count` latents, the last that the inner ones computed."""
+        return self._inner is not None and savings.reuses(len(self._inner), count, self._reused)
 
     def outer(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """The same from the outer layers alone, with what the inner ones said of the last full evaluation.

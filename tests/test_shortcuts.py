@@ -21,6 +21,10 @@ def inputs(seed=1, count=2):
     return latents, torch.tensor(500), torch.randn(count, 77, 32, generator=generator)
 
 
+def every(count):
+    return Savings(guided=(0, float("inf")), inner_every=count)
+
+
 def pictures(weights, request, figures=None):
     events = Pipeline(weights).generate(request, figures)
     return [event.image for event in events if isinstance(event, Picture)]
@@ -59,9 +63,9 @@ def test_outer_layers_compute_a_part(weights):
 @torch.inference_mode()
 def test_inner_layers_of_fewer_latents_do_not_serve(weights):
     shortcut = Shortcut(weights.unet)
-    assert not shortcut.suffices(1, inner_every=3)
+    assert not shortcut.suffices(1, every(3))
     shortcut(*inputs(count=1))
-    assert shortcut.suffices(1, inner_every=3) and not shortcut.suffices(2, inner_every=3)
+    assert shortcut.suffices(1, every(3)) and not shortcut.suffices(2, every(3))
     with pytest.raises(ValueError, match="were not computed"):
         shortcut.outer(*inputs(count=2))
 
@@ -71,11 +75,11 @@ def test_inner_layers_serve_for_a_while(weights):
     shortcut = Shortcut(weights.unet)
     for _ in range(2):
         shortcut(*inputs())
-        assert not shortcut.suffices(2, inner_every=1) and shortcut.suffices(2, inner_every=2)
+        assert not shortcut.suffices(2, every(1)) and shortcut.suffices(2, every(2))
         shortcut.outer(*inputs())
-        assert not shortcut.suffices(2, inner_every=2) and shortcut.suffices(2, inner_every=3)
+        assert not shortcut.suffices(2, every(2)) and shortcut.suffices(2, every(3))
         shortcut.outer(*inputs())
-        assert not shortcut.suffices(2, inner_every=3)
+        assert not shortcut.suffices(2, every(3))
 
 
 def test_guidance_is_given_between_two_noise_levels():

@@ -75,7 +75,7 @@ def count_evaluations(
         guides = guidance_scale > 1 and (savings is None or savings.guides(schedule, timestep))
         share = 1.0 if guides else 0.5
         # Where guidance sets in, inner layers were computed for half of what they are needed for.
-        if savings and share <= known and reused + 1 < savings.inner_every:
+        if savings and savings.reuses(known, share, reused):
             reused += 1
         else:
             count, known, reused = count + share, share, 0
