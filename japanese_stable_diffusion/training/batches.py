@@ -247,12 +247,16 @@ def cached_moments(
 ) -> npt.NDArray[np.float16]:
     """Mean and log-variance of every picture's latents, (samples, 2·channels, height, width), memory-mapped.
 
-    Zeros stand for pictures by ``without_hands``. They are computed once, by all processes together; a
-    broken-off computation leaves no such file behind.
+    Zeros stand for pictures that no stage without these hands is trained on. They are computed once, by all
+    processes together; a broken-off computation leaves no such file behind.
     """
     if not path.exists():
         partial = path.with_suffix(".partial")
-        members = [i for i, about in enumerate(shards.about) if about.get("hand") not in without_hands]
+        members = [
+            index
+            for index, about in enumerate(shards.about)
+            if takes_part(about, only_styles_of_base=False, without_hands=without_hands)
+        ]
 
         def encode(indices: Sequence[int]) -> npt.NDArray[np.float16]:
             pictures = torch.stack([to_tensor(shards.picture(index)) for index in indices])

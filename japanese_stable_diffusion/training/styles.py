@@ -71,6 +71,11 @@ def _edges(drawing: Pixels, width: int) -> Floats:
     return np.asarray(lines / 255, dtype=np.float32)
 
 
+def _within(reach: Floats, edge: float, steepness: float) -> Floats:
+    """1 where ``reach`` is below an edge, 0 above it, and a soft step between."""
+    return np.asarray(1 / (1 + np.exp((reach - edge) * steepness)), dtype=np.float32)
+
+
 def illustration(drawing: Pixels, rng: np.random.Generator) -> Pixels:
     """The art as it is, on white."""
     return _over(drawing, np.full((*drawing.shape[:2], 3), 255, np.float32))
@@ -105,7 +110,7 @@ def watercolor(drawing: Pixels, rng: np.random.Generator) -> Pixels:
     tints = [(150, 196, 226), (166, 214, 170), (246, 206, 140), (240, 178, 184), (196, 178, 226)]
     tint = np.array(tints[rng.integers(len(tints))], np.float32)
     wide = np.hypot(rows - size / 2, columns - size / 2) / size + 0.035 * _noise(size, 40, rng)
-    inside = 1 / (1 + np.exp((wide - 0.43) * 60))
+    inside = _within(wide, 0.43, 60)
     rim = inside * (1 - inside) * 4
     wash = (inside * np.clip(0.55 + 0.14 * _noise(size, 36, rng), 0.15, 0.9) + 0.3 * rim)[..., None]
     paper = np.array((252, 250, 245), np.float32)
@@ -136,7 +141,7 @@ def pencil(drawing: Pixels, rng: np.random.Generator) -> Pixels:
     subject = 1 - (1 - shade) * (0.4 + 0.4 * hatch)
     # The strokes end raggedly short of the sheet's edge.
     reach = np.abs(rows - columns) / size * 0.5 + np.abs(rows + columns - size) / size * 0.62
-    fade = 1 / (1 + np.exp((reach + 0.04 * _noise(size, 12, rng) - 0.46) * 40))
+    fade = _within(reach + 0.04 * _noise(size, 12, rng), 0.46, 40)
     strokes = 0.5 + 0.5 * np.sin((rows + columns) * 0.3 + 0.5 * wobble)
     ground = 1 - fade * (0.26 + 0.2 * strokes)
     tone = subject * alpha + ground * (1 - alpha)

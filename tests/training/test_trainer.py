@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -26,8 +27,10 @@ from japanese_stable_diffusion.training.batches import (
     Draws,
     Steps,
     _order,
+    cached_moments,
     noise_for,
     takes_part,
+    to_tensor,
 )
 from japanese_stable_diffusion.training.configuration import (
     ConfigurationError,
@@ -179,6 +182,20 @@ def test_what_each_hand_drew_comes_together(drawn: Shards) -> None:
     assert alone["drawn"].tolist() == [True] and len(alone["drawings"]) == 1
     with pytest.raises(ValueError, match="hands is 2, but there are 6"):
         Draws(drawn, "ja", 7, False, None, 0, moments, hands=2)
+
+
+def test_latents_are_cached_for_every_picture_that_is_trained_on(drawn: Shards, tmp_path: Path) -> None:
+    vae = make_model("vae", read_configuration(str(TINY)))
+    moments = cached_moments(drawn, vae, tmp_path / "latents.npy", Accelerator(cpu=True), ("noto", "fluent"))
+    draws = Draws(drawn, "ja", 7, False, None, 0, moments, without_hands=("noto", "fluent"))
+    known = np.flatnonzero(moments.any(axis=(1, 2, 3)))
+    assert known.tolist() == draws.members.tolist()
+    index = int(known[-1])
+    with torch.inference_mode():
+        expected = vae.encode(to_tensor(drawn.picture(index))[None]).latent_dist.parameters[0]
+    torch.testing.assert_close(
+        torch.from_numpy(moments[index].astype(np.float32)), expected, atol=1e-2, rtol=1e-2
+    )
 
 
 def test_rare_styles_may_be_shown_as_often_as_common_ones(drawn: Shards) -> None:
