@@ -83,13 +83,13 @@ class LoRA(AbstractContextManager[None]):
 
     def during(self, items: Iterator[Item]) -> Iterator[Item]:
         """The same items, with the LoRA applied while each is made, and not between them."""
-        nothing = object()
         while True:
             with self:
-                item = next(items, nothing)
-            if item is nothing:
-                return
-            yield item  # type: ignore[misc]
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,20 @@ def jpeg(number: int, width: int, height: int) -> bytes:
     return encoded.getvalue()
 
 
+class Server(ThreadingHTTPServer):
+    """Ends its silent handlers when it is told to stop."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.stop = threading.Event()
+
+
 class Handler(BaseHTTPRequestHandler):
     """/WIDTHxHEIGHT/NUMBER is a picture; the others are named for what they do."""
+
+    server: Server
 
     def do_GET(self) -> None:
         what, _, number = self.path[1:].partition("/")
@@ -29,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         if what == "silent":
-            self.server.stop.wait()  # type: ignore[attr-defined]
+            self.server.stop.wait()
             return
         self.send_response(200)
         if what == "forbidden":
@@ -40,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
         elif what == "cut":
             self.wfile.write(jpeg(0, 300, 300)[:400])
         elif what == "dripping":
-            while not self.server.stop.wait(0.2):  # type: ignore[attr-defined]
+            while not self.server.stop.wait(0.2):
                 self.wfile.write(b"\xff")
         elif what == "forbidden":
             self.wfile.write(jpeg(0, 300, 300))
@@ -62,12 +74,10 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def pictures() -> Iterator[str]:
     """A running server's address."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        server.stop = threading.Event()  # type: ignore[attr-defined]
+    with Server() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
-            server.stop.set()  # type: ignore[attr-defined]
+            server.stop.set()
             server.shutdown()
