@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.upsampling import Upsample2D
 from torch.nn.functional import conv2d, pad
 
-from japanese_stable_diffusion import winograd
+from japanese_stable_diffusion import onednn, winograd
 from japanese_stable_diffusion.weights import Weights
 
 
@@ -164,30 +164,22 @@ def _put_last(_: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Te
     return output.contiguous(memory_format=torch.channels_last)
 
 
-class PointwiseLinear(torch.nn.Linear):
-    """A linear layer that computes on a CPU as a convolution over single pixels.
-
-    That takes PyTorch to oneDNN instead of MKL, which is slow on some processors that Intel didn't make.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., rows, inputs) → (..., rows, outputs)."""
-        if input.device.type != "cpu" or input.dtype != torch.float32:
-            return super().forward(input)
-        pixels = input.reshape(-1, 1, input.shape[-2], self.in_features).permute(0, 3, 1, 2)
-        output = conv2d(pixels, self.weight[:, :, None, None], self.bias)
-        return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], self.out_features)
-
-
-def make_linears_pointwise(weights: Weights) -> None:
-    """Make every linear layer of UNet and VAE a `PointwiseLinear`."""
+def multiply_by_onednn(weights: Weights) -> None:
+    """Compute linear layers, convolutions over single pixels and the UNet's attention by oneDNN on a CPU."""
+    if weights.device.type != "cpu":
+        return
     for model in (weights.unet, weights.vae):
         for module in model.modules():
             if type(module) is torch.nn.Linear:
-                module.__class__ = PointwiseLinear
+                module.__class__ = onednn.Linear
+            elif onednn.is_pointwise(module):
+                module.__class__ = onednn.Pointwise
+    for module in weights.unet.modules():
+        if isinstance(module, Attention) and onednn.is_plain(module):
+            module.set_processor(onednn.Attending())
 
 
-class RememberingLinear(PointwiseLinear):
+class RememberingLinear(onednn.Linear):
     """A linear layer that computes once for one and the same tensor, and then remembers what came out."""
 
     _input: torch.Tensor | None = None
@@ -303,7 +295,7 @@ SWITCHES: dict[str, Callable[[Weights], None]] = {
     "keep_memory": keep_memory,
     "limit_threads": limit_threads,
     "put_channels_last": put_channels_last,
-    "make_linears_pointwise": make_linears_pointwise,
+    "multiply_by_onednn": multiply_by_onednn,
     "remember_keys": remember_keys,
     "fold_upsampling": fold_upsampling,
     "filter_minimally": filter_minimally,

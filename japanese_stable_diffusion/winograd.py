@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from japanese_stable_diffusion import onednn
+
 TAPS = 3
 """Width of the kernels that this is for."""
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
@@ -32,6 +34,9 @@ SMALLEST = 4
 WORKSPACE = 32 * 2**20
 """Bytes of transformed inputs and outputs at a time, so that they stay in the processor's cache."""
 
+Kernels = Tensor | tuple[Tensor, ...]
+"""Transformed: ((tile + 2)², in_channels, out_channels), or each (out_channels, in_channels) for oneDNN."""
+
 
 class WinogradConv2d(torch.nn.Conv2d):
     """A convolution of 3×3 that keeps the size, on a CPU in single precision; else it is a plain one.
@@ -39,7 +44,7 @@ class WinogradConv2d(torch.nn.Conv2d):
     Its kernels are transformed when it computes for the first time, and kept.
     """
 
-    _kernels: Tensor | None = None
+    _kernels: Kernels | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """(pictures, in_channels, height, width) → (pictures, out_channels, height, width), channels last."""
@@ -47,7 +52,8 @@ class WinogradConv2d(torch.nn.Conv2d):
             return super().forward(input)
         tile = tile_of(self)
         if self._kernels is None:
-            self._kernels = transform_kernels(self.weight, tile)
+            kernels = transform_kernels(self.weight, tile)
+            self._kernels = pack_kernels(kernels) if onednn.computes(input) else kernels
         return convolve(input, self._kernels, self.bias, tile)
 
 
@@ -125,12 +131,17 @@ def transform_kernels(weight: Tensor, tile: int) -> Tensor:
     return kernels
 
 
-def convolve(input: Tensor, kernels: Tensor, bias: Tensor | None, tile: int) -> Tensor:
+def pack_kernels(kernels: Tensor) -> Kernels:
+    """What `transform_kernels` makes, as oneDNN takes it."""
+    return tuple(onednn.pack(kernel.T.contiguous()) for kernel in kernels)
+
+
+def convolve(input: Tensor, kernels: Kernels, bias: Tensor | None, tile: int) -> Tensor:
     """The convolution, a strip of squares after the other.
 
     Args:
         input: (pictures, in_channels, height, width).
-        kernels: from `transform_kernels`.
+        kernels: from `transform_kernels` or `pack_kernels`.
         bias: (out_channels,), or None.
         tile: side of the squares, as for the kernels.
 
@@ -138,7 +149,7 @@ def convolve(input: Tensor, kernels: Tensor, bias: Tensor | None, tile: int) -> 
         (pictures, out_channels, height, width), channels last.
     """
     pictures, channels, height, width = input.shape
-    out_channels = kernels.shape[2]
+    out_channels = kernels.shape[2] if isinstance(kernels, Tensor) else kernels[0].shape[0]
     size = tile + TAPS - 1
     down, across = -(-height // tile), -(-width // tile)
     _, gather, scatter = _square_transforms(tile, input.dtype)
@@ -158,9 +169,15 @@ def convolve(input: Tensor, kernels: Tensor, bias: Tensor | None, tile: int) -> 
             (by_row, by_pixel, by_picture, tile * by_row, tile * by_pixel, 1),
         )
         points = torch.mm(gather, squares.reshape(size**2, -1)).view(size**2, -1, channels)
-        products = torch.bmm(points, kernels).view(size**2, -1)
-        squares = torch.mm(scatter, products).view(tile, tile, pictures, rows, across, out_channels)
+        products = _multiply(points, kernels)
+        squares = torch.mm(scatter, products.view(size**2, -1)).view(
+            tile, tile, pictures, rows, across, out_channels
+        )
         part = result[:, first * tile : (first + rows) * tile]
         part = part.view(pictures, rows, tile, across, tile, out_channels)
         torch.add(squares.permute(2, 3, 0, 4, 1, 5), 0 if bias is None else bias, out=part)
     return result[:, :height, :width].contiguous().permute(0, 3, 1, 2)
+
+
+def _multiply(points: Tensor, kernels: Kernels) -> Tensor:
+    return torch.bmm(points, kernels) if isinstance(kernels, Tensor) else onednn.products(points, kernels)

@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, logging
 
+from japanese_stable_diffusion import onednn
 from japanese_stable_diffusion.benchmarks.attempts import ATTEMPTS
 from japanese_stable_diffusion.benchmarks.loading import memory
 from japanese_stable_diffusion.pipeline import Figures, Pipeline, encode, vae_factor
@@ -330,13 +331,14 @@ def compare(
 
 
 def matrix_multiply_peak(size: int = 2048, runs: int = 5) -> float:
-    """FLOP per second of the fastest of some products of square float32 matrices."""
+    """FLOP per second of the fastest of some products of square float32 matrices, by PyTorch or by oneDNN."""
     matrix = torch.randn(size, size)
     seconds = []
     for _ in range(runs):
-        started = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - started)
+        for multiply in (torch.matmul, onednn.linear):
+            started = time.perf_counter()
+            multiply(matrix, matrix)
+            seconds.append(time.perf_counter() - started)
     return 2 * size**3 / min(seconds)
 
 
