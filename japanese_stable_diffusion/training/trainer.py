@@ -106,7 +106,6 @@ def _suit_to_cpu(models: Models) -> None:
     keep_memory()
     for name in ("unet", "teacher"):
         if name in models:
-            models[name].to(memory_format=torch.channels_last)
             # PyTorch's fused attention takes a third of a training step, nearly all of it backwards.
             models[name].set_attn_processor(AttnProcessor())
     for name in ("text_encoder", "english"):
