@@ -227,6 +227,16 @@ def noise_for(
     return torch.stack(posterior), torch.stack(noise), torch.stack(steps)
 
 
+def shift_timesteps(steps: Tensor, shift: float, timesteps: int) -> Tensor:
+    """Move timesteps 0 … ``timesteps`` - 1 towards the last ones, that is, to more noise; 1 leaves them.
+
+    As Esser et al. 2024 do (arXiv:2403.03206, eq. 23) with latents of many numbers, which show through more
+    noise than few do, so that what a picture is of is decided in fewer of the timesteps.
+    """
+    share = steps / timesteps
+    return (shift * share / (1 + (shift - 1) * share) * timesteps).round().long().clamp(max=timesteps - 1)
+
+
 def fingerprint(shards: Shards, vae_file: Path, without_hands: Collection[str] = ()) -> str:
     """A name for the latents of these shards, but for those hands', under this autoencoder."""
     digest = hashlib.sha256(vae_file.read_bytes())

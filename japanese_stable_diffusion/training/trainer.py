@@ -31,7 +31,7 @@ from japanese_stable_diffusion.speed import keep_memory
 from japanese_stable_diffusion.tokenizer import Tokenizer
 from japanese_stable_diffusion.weights import WEIGHTS, Manifest, Weights
 
-from .batches import Draws, Steps, cached_moments, fingerprint, loader, noise_for, to_tensor
+from .batches import Draws, Steps, cached_moments, fingerprint, loader, noise_for, shift_timesteps, to_tensor
 from .configuration import Configuration, ConfigurationError, Precision, Stage
 from .evaluation import Ask, Settings, generate, through_autoencoder
 from .export import save_models
@@ -346,6 +346,7 @@ def train(
                     scaling,
                     timesteps,
                     stage.objective == "picturing",
+                    stage.timestep_shift,
                 )
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients:
@@ -406,6 +407,7 @@ def _losses(
     scaling: float,
     timesteps: int,
     picturing: bool,
+    timestep_shift: float,
 ) -> dict[str, Tensor]:
     device = next(objective.parameters()).device
     if "partner_ids" in item:
@@ -437,6 +439,7 @@ def _losses(
     posterior, noise, steps = (
         t.to(device) for t in noise_for(seed, positions, tuple(mean.shape[1:]), timesteps)
     )
+    steps = shift_timesteps(steps, timestep_shift, timesteps)
     latents = (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * posterior) * scaling
     denoised: dict[str, Tensor] = objective(latents, noise, steps, item["ids"].to(device), **drawings)
     return denoised

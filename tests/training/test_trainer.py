@@ -29,6 +29,7 @@ from japanese_stable_diffusion.training.batches import (
     _order,
     cached_moments,
     noise_for,
+    shift_timesteps,
     takes_part,
     to_tensor,
 )
@@ -508,6 +509,19 @@ def test_noise_belongs_to_the_position() -> None:
     assert not torch.equal(whole[0], whole[1])
 
 
+def test_timesteps_may_be_moved_to_more_noise(runs: Path, drawn_folder: Path, tmp_path: Path) -> None:
+    steps = torch.tensor([0, 100, 500, 900, 999])
+    assert torch.equal(shift_timesteps(steps, 1.0, 1000), steps)
+    assert shift_timesteps(steps, 3.0, 1000).tolist() == [0, 250, 750, 964, 999]
+    configuration = read_configuration(str(TINY))
+    stage = replace(configuration.stage("base"), timestep_shift=3.0, steps=1)
+    for name in ("autoencoder", "pictured", "tokenizer-en"):
+        shutil.copytree(runs / name, tmp_path / name)
+    train(configuration, stage, drawn_folder, tmp_path, cpu=True)
+    # A new denoiser tells nothing, and what it misses of much noise weighs more.
+    assert losses(tmp_path / "base")[0] > 1.2 * losses(runs / "base")[0]
+
+
 def test_timesteps_weigh_as_if_the_velocity_were_predicted_up_to_the_limit() -> None:
     configuration = read_configuration(str(TINY))
     parts = make_model("unet", configuration), make_model("text_encoder", configuration)
@@ -547,7 +561,7 @@ def test_configurations_are_whole(name: str) -> None:
 
 def test_needed_stages_come_in_order() -> None:
     configuration = read_configuration("demo")
-    base = ["autoencoder", "whole", "words", "pictured", "base"]
+    base = ["autoencoder", "whole", "words", "pictured", "drafted", "base"]
     assert needed_stages(configuration, "stage2") == [*base, "aligned_ja", "stage1", "stage2"]
 
 
