@@ -41,7 +41,7 @@ HELD_OUT_ONE_IN = 12
 """One rendering in so many is held out."""
 WIDTHS = (24, 48, 96, 192)
 SEED = 20221123
-EPOCHS = 6
+EPOCHS = 10
 SMALL_SIZE, SMALL_EPOCHS = 80, 0.6
 """The first share of the epochs sees pictures this small, for most is learnt from them in half the time."""
 BATCH_SIZE = 128
