@@ -10,9 +10,12 @@ from collections.abc import Sequence
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 SCORES = 2**20
 """Attention scores at a time, so that they stay in the processor's cache."""
+MANY_SCORES = 2**16
+"""Scores of a head from which there is something to gain; with fewer, calling costs more than computing."""
 
 
 def computes(tensor: Tensor) -> bool:
@@ -86,6 +89,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     pictures, heads, queries, channels = query.shape
     keys = key.shape[2]
+    if queries * keys < MANY_SCORES:
+        return scaled_dot_product_attention(query, key, value)
     scaled = (query * channels**-0.5).reshape(-1, queries, channels)
     found = torch.empty_like(scaled)
     together = max(1, SCORES // keys)

@@ -59,14 +59,25 @@ def test_only_convolutions_over_single_pixels_are_taken():
 @torch.inference_mode()
 def test_attention_is_the_plain_one_however_many_queries_go_together(monkeypatch, scores, keys):
     monkeypatch.setattr(onednn, "SCORES", scores)
+    monkeypatch.setattr(onednn, "MANY_SCORES", 1)
     torch.manual_seed(2)
     query, key, value = (torch.randn(2, 3, count, 8) for count in (11, keys, keys))
     expected = scaled_dot_product_attention(query, key, value)
     assert torch.allclose(onednn.attend(query, key, value), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("queries", "multiplied"), [(256, True), (64, False)])
 @torch.inference_mode()
-def test_an_attention_of_a_transformer_is_the_plain_one():
+def test_attention_goes_to_onednn_where_there_is_much_of_it(queries, multiplied):
+    query, key, value = (torch.randn(1, 1, queries, 8) for _ in range(3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        onednn.attend(query, key, value)
+    assert ("mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}) == multiplied
+
+
+@torch.inference_mode()
+def test_an_attention_of_a_transformer_is_the_plain_one(monkeypatch):
+    monkeypatch.setattr(onednn, "MANY_SCORES", 1)
     torch.manual_seed(3)
     attention = Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=8).eval()
     states, text = torch.randn(2, 10, 16), torch.randn(2, 7, 12)

@@ -193,7 +193,7 @@ def test_products_go_to_onednn(fresh_weights):
         evaluate(fresh_weights)
     called = {event.key for event in profile.key_averages()}
     assert "mkldnn::_linear_pointwise" in called
-    assert not called & {"aten::addmm", "aten::scaled_dot_product_attention"}
+    assert "aten::addmm" not in called
 
 
 @torch.inference_mode()
