@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from japanese_stable_diffusion.weights import WEIGHTS, Manifest, Source, Training, hash_files, write_manifest
@@ -47,7 +47,11 @@ def publish(trained: Path, folder: Path, configuration: Configuration, stage: st
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     for name, kind in MODELS.items():
-        kind.from_pretrained(trained / name, torch_dtype=torch.float16).save_pretrained(partial / name)
+        model = kind.from_pretrained(trained / name, torch_dtype=torch.float16)
+        if isinstance(model, ModelMixin):
+            # diffusers notes where it read a model, which is a folder of the machine that trained it.
+            model.register_to_config(_name_or_path="")
+        model.save_pretrained(partial / name)
         for tensors in (partial / name).glob("*.safetensors"):
             # safetensors lets nobody but the owner read what it writes, and containers seldom run as that.
             tensors.chmod((partial / name / "config.json").stat().st_mode & 0o666)

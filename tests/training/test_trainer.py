@@ -264,6 +264,8 @@ def test_published_weights_make_pictures_and_say_where_they_come_from(runs: Path
     assert manifest.native_size == 64 and manifest.enlarge == 2
     assert manifest.training is not None and "stage2" in manifest.training.configuration
     assert tensors(folder, "unet")["conv_in.weight"].dtype == torch.float16
+    for config in folder.glob("*/config.json"):
+        assert str(runs) not in config.read_text(), "names a folder of the machine that trained it"
     pipeline = Pipeline(load_weights(folder, CPU, torch.float32))
     request = Request(prompt="犬", width=128, height=128, num_inference_steps=2, seed=1)
     pictures = [made.image for made in pipeline.generate(request) if isinstance(made, Picture)]
