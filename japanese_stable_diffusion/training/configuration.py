@@ -31,7 +31,8 @@ class Stage:
     tell them apart (1: it takes them for one).
     ``few_steps`` is how many a denoiser is distilled for (0: it isn't), and ``guidance_scale`` what it learns
     to do without, ``skip`` timesteps of the teacher's at a time.
-    ``timestep_shift`` above 1 trains a denoiser more on much noise and less on little.
+    ``timestep_shift`` above 1 trains a denoiser more on much noise and less on little; ``contrast_floor``
+    above 0 makes it learn as much from pictures of little contrast as from others, down to that contrast.
     ``crop`` trains an autoencoder on squares of so many pixels cut out at random (0: whole pictures).
     """
 
@@ -55,6 +56,7 @@ class Stage:
     caption_dropout: float = 0.1
     weight_limit: float = 0.0
     timestep_shift: float = 1.0
+    contrast_floor: float = 0.0
     guidance_scale: float = 7.5
     kl_weight: float = 1e-4
     few_steps: int = 0

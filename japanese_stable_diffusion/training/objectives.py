@@ -148,11 +148,18 @@ class Picturing(nn.Module):
         return {"loss": guess_error(self.guess, self.text_encoder(ids).last_hidden_state, drawings, drawn)}
 
 
-def guess_error(guess: Guess, hidden: Tensor, drawings: Tensor, drawn: Tensor) -> Tensor:
+def contrast(latents: Tensor) -> Tensor:
+    """The variance of latents (…, channels, height, width) over their places, the mean over channels: (…)."""
+    return latents.float().var(dim=(-2, -1)).mean(dim=-1)
+
+
+def guess_error(
+    guess: Guess, hidden: Tensor, drawings: Tensor, drawn: Tensor, contrast_floor: float = 0.0
+) -> Tensor:
     """Mean squared error of a guess from the states (batch, 77, hidden_size) of a text encoder.
 
-    ``drawings`` and ``drawn`` are those of ``Picturing``. Raises ValueError if the latents have more patches
-    than the text has positions.
+    ``drawings`` and ``drawn`` are those of ``Picturing``, ``contrast_floor`` is ``Denoising``'s. Raises
+    ValueError if the latents have more patches than the text has positions.
     """
     patches = functional.unfold(drawings.float().flatten(0, 1), PATCH, stride=PATCH).transpose(1, 2)
     places = patches.shape[1]
@@ -161,7 +168,10 @@ def guess_error(guess: Guess, hidden: Tensor, drawings: Tensor, drawn: Tensor) -
             f"latents have {places} patches of {PATCH}×{PATCH}, the text {hidden.shape[1]} positions"
         )
     guessed = guess(hidden[:, -places:].float())
-    return (guessed - patches.unflatten(0, drawn.shape)).pow(2).mean(dim=(2, 3))[drawn].mean()
+    errors = (guessed - patches.unflatten(0, drawn.shape)).pow(2).mean(dim=(2, 3))
+    if contrast_floor:
+        errors = errors / contrast(drawings).clamp(min=contrast_floor)
+    return errors[drawn].mean()
 
 
 class Denoising(nn.Module):
@@ -171,6 +181,10 @@ class Denoising(nn.Module):
     (Salimans & Ho 2022, arXiv:2202.00512, app. D), but no more than the limit. Without it, nearly all of
     the error is made where little noise is left, and the text, which matters where there is much, is hardly
     heard.
+
+    With a ``contrast_floor`` above 0 the error of each picture counts in units of its latents' contrast, but
+    of no less than the floor. Without it, pale pictures, and what is drawn dark on dark, have small errors
+    whatever is drawn, and a denoiser learns their style but not the things in them.
 
     With a ``guess``, the error of ``Picturing`` is added, so that a text encoder that learns together with a
     new denoiser, which takes words for noise at first, does not make them all alike.
@@ -183,11 +197,13 @@ class Denoising(nn.Module):
         scheduler: dict[str, Any],
         weight_limit: float,
         guess: Guess | None = None,
+        contrast_floor: float = 0.0,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
         self.guess = guess
+        self.contrast_floor = contrast_floor
         self.noise_schedule = DDPMScheduler(**scheduler)
         # (SNR + 1) / SNR is the inverse of the signal's share of the variance.
         weights = (1 / self.noise_schedule.alphas_cumprod).clamp(max=weight_limit or 1.0)
@@ -212,9 +228,11 @@ class Denoising(nn.Module):
         predicted = self.unet(noisy, timesteps, embeddings).sample
         errors = (predicted.float() - noise.float()).pow(2).mean(dim=(1, 2, 3))
         weights = self.timestep_weights[timesteps]
+        if self.contrast_floor:
+            weights = weights / contrast(latents).clamp(min=self.contrast_floor)
         losses = {"loss": (errors * weights).mean(), "error": errors.mean()}
         if self.guess is not None and drawings is not None and drawn is not None:
-            losses["guess"] = guess_error(self.guess, embeddings, drawings, drawn)
+            losses["guess"] = guess_error(self.guess, embeddings, drawings, drawn, self.contrast_floor)
             losses["loss"] = losses["loss"] + losses["guess"]
         return losses
 

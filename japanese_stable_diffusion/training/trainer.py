@@ -164,6 +164,7 @@ def _objective(
         configuration.scheduler,
         stage.weight_limit,
         models.get("guess"),
+        stage.contrast_floor,
     )
 
 

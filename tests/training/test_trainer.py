@@ -534,6 +534,43 @@ def test_timesteps_weigh_as_if_the_velocity_were_predicted_up_to_the_limit() -> 
     assert (Denoising(*parts, configuration.scheduler, 0.0).timestep_weights == 1).all()
 
 
+def test_a_picture_of_little_contrast_may_count_as_much_as_others() -> None:
+    configuration = read_configuration(str(TINY))
+    torch.manual_seed(0)
+    parts = make_model("unet", configuration), make_model("text_encoder", configuration)
+    guess = Guess(hidden_size=16, latent_channels=4, hands=1)
+    # Its errors are then the pictures themselves.
+    for parameter in guess.parameters():
+        torch.nn.init.zeros_(parameter)
+    latents = torch.randn(3, 4, 8, 8) * torch.tensor([1.0, 0.3, 0.01])[:, None, None, None] + 5
+    noise, timesteps = torch.randn(3, 4, 8, 8), torch.tensor([300, 600, 900])
+    ids, drawn = torch.randint(4, 60, (3, 77)), torch.ones(3, 1, dtype=torch.bool)
+    contrast = latents.numpy().var(axis=(2, 3), ddof=1).mean(axis=1)
+    assert contrast[0] > contrast[1] > 0.05 > contrast[2]
+    weights = 1 / np.maximum(contrast, 0.05)
+
+    plain = Denoising(*parts, configuration.scheduler, 20.0)
+    errors = [
+        plain(latents[i : i + 1], noise[i : i + 1], timesteps[i : i + 1], ids[i : i + 1])["loss"].item()
+        for i in range(3)
+    ]
+    squares = latents.pow(2).mean(dim=(1, 2, 3)).numpy()
+    weighed = Denoising(*parts, configuration.scheduler, 20.0, guess, contrast_floor=0.05)
+    found = weighed(latents, noise, timesteps, ids, latents[:, None], drawn)
+    assert found["guess"].item() == pytest.approx(np.mean(weights * squares), rel=1e-4)
+    expected = np.mean(weights * errors) + np.mean(weights * squares)
+    assert found["loss"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_stage_may_heed_contrast(runs: Path, drawn_folder: Path, tmp_path: Path) -> None:
+    configuration = read_configuration(str(TINY))
+    stage = replace(configuration.stage("base"), contrast_floor=1000.0, steps=1)
+    for name in ("autoencoder", "tokenizer-en"):
+        shutil.copytree(runs / name, tmp_path / name)
+    train(configuration, stage, drawn_folder, tmp_path, cpu=True)
+    assert losses(tmp_path / "base")[0] == pytest.approx(losses(runs / "base")[0] / 1000, rel=1e-4)
+
+
 def test_the_learning_rate_warms_up_and_decays() -> None:
     stage = replace(
         read_configuration(str(TINY)).stage("base"), steps=100, warmup_steps=10, learning_rate=1.0
