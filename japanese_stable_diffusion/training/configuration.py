@@ -33,6 +33,7 @@ class Stage:
     to do without, ``skip`` timesteps of the teacher's at a time.
     ``timestep_shift`` above 1 trains a denoiser more on much noise and less on little; ``contrast_floor``
     above 0 makes it learn as much from pictures of little contrast as from others, down to that contrast.
+    ``deepen`` begins with one layer more in every block of the denoiser than what it starts from has.
     ``crop`` trains an autoencoder on squares of so many pixels cut out at random (0: whole pictures).
     """
 
@@ -61,6 +62,7 @@ class Stage:
     kl_weight: float = 1e-4
     few_steps: int = 0
     skip: int = 20
+    deepen: bool = False
     crop: int = 0
     stop: int = 0
     cache_latents: bool = True

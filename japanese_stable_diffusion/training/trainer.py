@@ -33,6 +33,7 @@ from japanese_stable_diffusion.weights import WEIGHTS, Manifest, Weights
 
 from .batches import Draws, Steps, cached_moments, fingerprint, loader, noise_for, shift_timesteps, to_tensor
 from .configuration import Configuration, ConfigurationError, Precision, Stage
+from .deepening import deepen
 from .evaluation import Ask, Settings, generate, through_autoencoder
 from .export import save_models
 from .objectives import (
@@ -98,6 +99,8 @@ def start_models(configuration: Configuration, stage: Stage, runs: Path) -> Mode
                 f"train that stage first, or put that folder there"
             )
         models[name] = MODELS[name].from_pretrained(folder, torch_dtype=torch.float32)
+    if stage.deepen:
+        models["unet"] = deepen(models["unet"])
     return models
 
 

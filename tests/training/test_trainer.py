@@ -571,6 +571,18 @@ def test_a_stage_may_heed_contrast(runs: Path, drawn_folder: Path, tmp_path: Pat
     assert losses(tmp_path / "base")[0] == pytest.approx(losses(runs / "base")[0] / 1000, rel=1e-4)
 
 
+def test_a_stage_may_go_on_with_a_deeper_denoiser(runs: Path, drawn_folder: Path, tmp_path: Path) -> None:
+    configuration = read_configuration(str(TINY))
+    stage = replace(configuration.stage("stage2"), deepen=True)
+    for name in ("autoencoder", "base", "stage1", "tokenizer-ja"):
+        shutil.copytree(runs / name, tmp_path / name)
+    weights = train(configuration, stage, drawn_folder, tmp_path, cpu=True)
+    assert losses(tmp_path / "stage2")[0] == pytest.approx(losses(runs / "stage2")[0], rel=1e-5)
+    deeper = load_weights(weights, CPU, torch.float32).unet
+    assert deeper.config["layers_per_block"] == 2
+    assert (deeper.down_blocks[0].resnets[1].conv2.weight != 0).any()
+
+
 def test_the_learning_rate_warms_up_and_decays() -> None:
     stage = replace(
         read_configuration(str(TINY)).stage("base"), steps=100, warmup_steps=10, learning_rate=1.0
@@ -601,7 +613,8 @@ def test_configurations_are_whole(name: str) -> None:
 def test_needed_stages_come_in_order() -> None:
     configuration = read_configuration("demo")
     base = ["autoencoder", "whole", "words", "pictured", "drafted", "base"]
-    assert needed_stages(configuration, "stage2") == [*base, "aligned_ja", "stage1", "stage2"]
+    second = ["together", "contrasted", "stage2"]
+    assert needed_stages(configuration, "stage2") == [*base, "aligned_ja", "stage1", *second]
 
 
 def test_errors_are_told_in_a_line(drawn_folder: Path, tmp_path: Path) -> None:
