@@ -111,7 +111,7 @@ class Predictor(BasePredictor):
             le=4294967295,
         ),
         image: Optional[Path] = Input(
-            description="もとにする画像。幅と高さが512のままなら画像の大きさで、そうでなければ切り抜いて、描き直す。 / A picture to start from. If width and height are left at 512 its own size is used, otherwise it is cropped to theirs.",
+            description="もとにする画像。幅と高さが512のままなら画像自身の大きさで、そうでなければその大きさを覆うように拡大・縮小し、中央を切り抜いて描き直す。 / A picture to start from. If width and height are left at 512 its own size is used, otherwise it is scaled to cover theirs and cropped in the middle.",
             default=None,
         ),
         prompt_strength: float = Input(
@@ -121,7 +121,7 @@ class Predictor(BasePredictor):
             le=1,
         ),
         mask: Optional[Path] = Input(
-            description="画像（image）のうち描き直す所を白、残す所を黒にした画像。 / A picture of the same shape as image: white is repainted, black is kept.",
+            description="画像（image）と同じ縦横比で、描き直す所を白、残す所を黒にした画像。 / A picture of the same shape as image: white is repainted, black is kept.",
             default=None,
         ),
         output_format: str = Input(
@@ -158,7 +158,7 @@ class Predictor(BasePredictor):
             le=5,
         ),
         second_pass: bool = Input(
-            description="長い辺が768を超える画像を、小さく作ってから拡大して描き直す。同じものが繰り返されるのを防ぐ。本物の重みだけで働く。 / Make pictures of more than 768 pixels on the longer side small first, then enlarge and repaint them, so that motifs do not repeat. With the real weights only.",
+            description="長い辺が768を超える画像を、小さく作ってから拡大して描き直す。同じものが繰り返されるのを防ぐ。本物の重みだけで、もとの画像（image）がないときに働く。 / Make pictures of more than 768 pixels on the longer side small first, then enlarge and repaint them, so that motifs do not repeat. With the real weights only, and without image.",
             default=True,
         ),
         go_fast: bool = Input(

@@ -15,7 +15,7 @@ from PIL import Image, ImageChops
 _LONG_TEXT = 200
 """Most characters of a text that is given a single line."""
 _DRAWING = (
-    "ここに画像を上げ、一部だけを描き直すなら、そこを筆で白く塗ります。 / "
+    "ここに画像をアップロードします。一部だけを描き直すなら、そこをブラシで白く塗ってください。 / "
     "Upload a picture here; to repaint a part of it only, brush that part white."
 )
 _SLIDER_STEPS = 1000
