@@ -148,7 +148,7 @@ class Pipeline:
                 of this size fits into the memory of the device.
         """
         weights, figures = self.weights, figures or Figures()
-        request = for_few_steps(request.with_seed(), weights.manifest)
+        request = suited(request.with_seed(), weights.manifest)
         start = open_start(request)
         if start:
             request = replace(request, width=start.picture.width, height=start.picture.height)
@@ -305,16 +305,25 @@ def _too_large(request: Request, weights: Weights) -> RequestError:
     )
 
 
-def for_few_steps(request: Request, manifest: Manifest) -> Request:
-    """The request as weights that are distilled for few steps can be asked; as it is for all others.
+def suited(request: Request, manifest: Manifest) -> Request:
+    """The request as these weights can be asked; as it is if their manifest says nothing of it.
 
-    They know no guidance and no solver but LCM. How many steps that takes may still be asked for.
+    Those that are distilled for few steps know no guidance and no solver but LCM. How many steps that takes
+    may still be asked for. Those that want less guidance get it in proportion: the default is what their
+    manifest names, and 1 is no guidance.
     """
-    if not manifest.few_steps:
+    if manifest.few_steps:
+        steps = request.num_inference_steps if request.scheduler == "LCM" else manifest.few_steps
+        log.info(
+            "scheduler: LCM, %d steps without guidance, as these weights are distilled for few steps", steps
+        )
+        return replace(request, scheduler="LCM", num_inference_steps=steps, guidance_scale=1.0, go_fast=False)
+    share = (manifest.guidance_scale - 1) / (Request.guidance_scale - 1)
+    if share == 1 or request.guidance_scale == 1:
         return request
-    steps = request.num_inference_steps if request.scheduler == "LCM" else manifest.few_steps
-    log.info("scheduler: LCM, %d steps without guidance, as these weights are distilled for few steps", steps)
-    return replace(request, scheduler="LCM", num_inference_steps=steps, guidance_scale=1.0, go_fast=False)
+    scale = 1 + share * (request.guidance_scale - 1)
+    log.info("guidance_scale: %g counts as %.3g with these weights", request.guidance_scale, scale)
+    return replace(request, guidance_scale=scale)
 
 
 def vae_factor(vae: AutoencoderKL) -> int:

@@ -23,7 +23,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPTextConfig, CLIPTextModel
 from transformers.initialization import no_init_weights
 
-from japanese_stable_diffusion.request import LCM_STEPS
+from japanese_stable_diffusion.request import LCM_STEPS, Request
 from japanese_stable_diffusion.schedulers import make_scheduler
 from japanese_stable_diffusion.tokenizer import MAX_LENGTH, Tokenizer
 
@@ -87,6 +87,8 @@ class Manifest:
             steps with the scheduler LCM and without guidance.
         enlarge: 1 if pictures are made at the size asked for; above it, they are made with about
             `native_size`² pixels and enlarged to the size asked for.
+        guidance_scale: what the default of a request's stands for with these weights; others are in
+            proportion. Small models overshoot their colours where large ones don't.
         files: size and hash of each file, by its path in the folder with forward slashes.
         sources: where it all came from.
         training: what made the weights; None if they were not trained by this repository.
@@ -97,6 +99,7 @@ class Manifest:
     native_size: int = 512
     enlarge: int = 1
     few_steps: int = 0
+    guidance_scale: float = Request.guidance_scale
     files: dict[str, File] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
     training: Training | None = None
@@ -193,6 +196,11 @@ def read_manifest(folder: Path) -> Manifest:
             raise WeightsError(
                 f"{path}: {name} is {value!r}, but a whole number from {low} to {high} is needed; {WAY_OUT}"
             )
+    scale, most = manifest.guidance_scale, Request.guidance_scale
+    if type(scale) not in (int, float) or not 1 < scale <= most:
+        raise WeightsError(
+            f"{path}: guidance_scale is {scale!r}, but a number above 1 and up to {most} is needed; {WAY_OUT}"
+        )
     return manifest
 
 

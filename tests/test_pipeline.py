@@ -220,6 +220,20 @@ def test_everything_asked_for_shows(pipeline, other):
     assert difference(pictures(pipeline, ask())[0], pictures(pipeline, ask(**other))[0]) > 10
 
 
+def test_weights_that_want_less_guidance_get_it_in_proportion(pipeline, caplog):
+    caplog.set_level(logging.INFO, "japanese_stable_diffusion")
+    manifest = dataclasses.replace(pipeline.weights.manifest, guidance_scale=4.0)
+    gentle = Pipeline(dataclasses.replace(pipeline.weights, manifest=manifest))
+    for asked, computed in ((7.5, 4.0), (20, 1 + 19 * 3 / 6.5), (1, 1)):
+        [found] = pictures(gentle, ask(guidance_scale=asked))
+        [expected] = pictures(pipeline, ask(guidance_scale=computed))
+        assert difference(found, expected) == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "guidance_scale: 7.5 counts as 4 with these weights",
+        "guidance_scale: 20 counts as 9.77 with these weights",
+    ]
+
+
 def test_a_negative_prompt_that_is_the_prompt_leaves_no_guidance(pipeline):
     [same] = pictures(pipeline, ask(negative_prompt="猫"))
     [unguided] = pictures(pipeline, ask(guidance_scale=1))

@@ -198,6 +198,8 @@ def test_a_folder_without_a_manifest_is_full_size_and_named_as_it_is(tiny_weight
         ('{"name": "a", "native_size": "128"}', "native_size is '128'"),
         ('{"name": "a", "enlarge": 0}', "enlarge is 0"),
         ('{"name": "a", "few_steps": 51}', "few_steps is 51, but a whole number from 0 to 50"),
+        ('{"name": "a", "guidance_scale": 8}', "guidance_scale is 8, but a number above 1 and up to 7.5"),
+        ('{"name": "a", "guidance_scale": true}', "guidance_scale is True"),
         (LFS_POINTER, "Git LFS pointer"),
     ],
 )

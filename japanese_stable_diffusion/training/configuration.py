@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from japanese_stable_diffusion.request import Request
+
 HERE = Path(__file__).parent
 
 Precision = Literal["no", "fp16", "bf16"]
@@ -83,7 +85,8 @@ class Configuration:
 
     ``models`` holds the diffusers and transformers configurations of the autoencoder, the UNet,
     the text encoder and what guesses pictures from it. ``vocabulary`` counts the pieces of each tokenizer
-    that is trained here; ``scheduler`` is the noise schedule that is trained on.
+    that is trained here; ``scheduler`` is the noise schedule that is trained on; ``guidance_scale`` is what
+    pictures of the published weights are made with by default.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Configuration:
     models: dict[str, dict[str, Any]]
     stages: tuple[Stage, ...]
     prompts: dict[str, list[str]] = field(default_factory=dict)
+    guidance_scale: float = Request.guidance_scale
 
     def stage(self, name: str) -> Stage:
         """The stage of this name; raises ConfigurationError."""

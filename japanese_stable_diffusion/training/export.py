@@ -69,6 +69,7 @@ def publish(trained: Path, folder: Path, configuration: Configuration, stage: st
         native_size=configuration.resolution,
         enlarge=configuration.enlarge,
         few_steps=configuration.stage(stage).few_steps,
+        guidance_scale=configuration.guidance_scale,
         files=listed,
         sources=sources(),
         training=Training(commit, f"{configuration.name}, stage {stage}", configuration.seed, _data()),

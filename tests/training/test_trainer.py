@@ -253,7 +253,7 @@ def test_sample_pictures_and_losses_are_logged(runs: Path) -> None:
 
 
 def test_published_weights_make_pictures_and_say_where_they_come_from(runs: Path, tmp_path: Path) -> None:
-    configuration = read_configuration(str(TINY))
+    configuration = replace(read_configuration(str(TINY)), guidance_scale=3.0)
     folder = tmp_path / "tiny"
     folder.mkdir()
     (folder / "LICENSE.md").write_text("stays")
@@ -261,7 +261,7 @@ def test_published_weights_make_pictures_and_say_where_they_come_from(runs: Path
     manifest = read_manifest(folder)
     verify_weights(folder, manifest, hashes=True)
     assert (folder / "LICENSE.md").read_text() == "stays"
-    assert manifest.native_size == 64 and manifest.enlarge == 2
+    assert manifest.native_size == 64 and manifest.enlarge == 2 and manifest.guidance_scale == 3.0
     assert manifest.training is not None and "stage2" in manifest.training.configuration
     assert tensors(folder, "unet")["conv_in.weight"].dtype == torch.float16
     for config in folder.glob("*/config.json"):
