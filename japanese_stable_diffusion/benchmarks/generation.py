@@ -295,7 +295,7 @@ def is_installed(way: str) -> bool:
 
 
 def compare(
-    folder: Path, ways: Sequence[str], things: Sequence[str], job: Job, rounds: int
+    folder: Path, ways: Sequence[str], things: Sequence[str], job: Job, rounds: int, flops: int = 0
 ) -> dict[str, Any]:
     """Have all ways do the same things in turn, A B A B, each in a process that stays.
 
@@ -305,6 +305,8 @@ def compare(
         things: `evaluate`, `decode`, `make`.
         job: the same for all.
         rounds: how often; one more of `evaluate` and `decode` goes before, which isn't counted.
+        flops: of `evaluate`, if known; 0 has the first way count them, which must not be ours: PyTorch's
+            counter doesn't know oneDNN's products.
 
     Returns:
         What `describe` shows, ready to be stored as JSON.
@@ -312,7 +314,7 @@ def compare(
     with ExitStack() as stack:
         processes = {way: stack.enter_context(Process(way, folder)) for way in ways}
         first = processes[ways[0]]
-        flops = first.measure("flops", job).evaluations
+        flops = flops or first.measure("flops", job).evaluations
         measured: list[Measured] = []
         for what in things:
             for turn in range(rounds + (what != "make")):

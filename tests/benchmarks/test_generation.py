@@ -47,6 +47,12 @@ def test_ways_take_turns_at_the_same_things(tiny_weights: Path, tmp_path: Path) 
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
+def test_operations_that_are_known_are_not_counted_again(tiny_weights: Path) -> None:
+    report = compare(tiny_weights, ["ours"], ["evaluate"], JOB, rounds=1, flops=10**9)
+    assert report["flops_per_evaluation"] == 10**9
+    assert "1 GFLOP per evaluation" in describe(report)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ATTEMPTS)
 def test_attempts_compute_the_same_in_another_way(name: str, tiny_weights: Path) -> None:
