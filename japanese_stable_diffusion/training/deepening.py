@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -25,35 +26,39 @@ def deepen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     if not isinstance(layers, int):
         raise ValueError(f"layers_per_block is {layers}; only a UNet with one number for all can be deepened")
     deeper: Any = UNet2DConditionModel.from_config({**unet.config, "layers_per_block": layers + 1})
-    for name in ("time_embedding", "add_embedding", "conv_in", "mid_block", "conv_norm_out", "conv_out"):
-        if getattr(unet, name, None) is not None:
-            getattr(deeper, name).load_state_dict(getattr(unet, name).state_dict())
-    for old, new in zip(unet.down_blocks, deeper.down_blocks, strict=True):
-        _take_over(old, new, layers)
-    for old, new in zip(unet.up_blocks, deeper.up_blocks, strict=True):
-        # The first layer up has the skip connection of the last one down, which is a new one, so the new
-        # layer comes second.
-        _take_over(old, new, 1)
+    # The first layer up has the skip connection of the last one down, which is a new one: so on the way up
+    # the new layer of a block comes second.
+    places = {"down": layers, "up": 1}
+    deeper.load_state_dict(
+        {_moved(name, places): tensor for name, tensor in unet.state_dict().items()}, strict=False
+    )
+    for way, blocks in (("down", deeper.down_blocks), ("up", deeper.up_blocks)):
+        for block in blocks:
+            _silence(block, places[way])
     return deeper
 
 
-def _take_over(old: Any, new: Any, place: int) -> None:
-    """Give a block the layers of another around the one at ``place``, which is made to add nothing."""
-    state = {}
-    for name, tensor in old.state_dict().items():
-        kind, _, rest = name.partition(".")
-        if kind in ("resnets", "attentions"):
-            number, _, rest = rest.partition(".")
-            name = f"{kind}.{int(number) + (int(number) >= place)}.{rest}"
-        state[name] = tensor
-    new.load_state_dict(state, strict=False)
-    resnet = new.resnets[place]
+_LAYER = re.compile(r"(?P<block>(?P<way>down|up)_blocks\.\d+\.(resnets|attentions)\.)(?P<number>\d+)")
+"""The beginning of the names of a layer's tensors."""
+
+
+def _moved(name: str, places: dict[str, int]) -> str:
+    """The name of a tensor once there is a new layer in its block, at the place for its way."""
+    layer = _LAYER.match(name)
+    if not layer or int(layer["number"]) < places[layer["way"]]:
+        return name
+    return f"{layer['block']}{int(layer['number']) + 1}{name[layer.end() :]}"
+
+
+def _silence(block: Any, place: int) -> None:
+    """Make the layer of a block at ``place`` add nothing."""
+    resnet = block.resnets[place]
     nn.init.zeros_(resnet.conv2.weight)
     nn.init.zeros_(resnet.conv2.bias)
     if resnet.conv_shortcut is not None:
         # Of what comes from below and what the skip connection brings, only the first passes.
         nn.init.dirac_(resnet.conv_shortcut.weight)
         nn.init.zeros_(resnet.conv_shortcut.bias)
-    if getattr(new, "attentions", None):
-        nn.init.zeros_(new.attentions[place].proj_out.weight)
-        nn.init.zeros_(new.attentions[place].proj_out.bias)
+    if getattr(block, "attentions", None):
+        nn.init.zeros_(block.attentions[place].proj_out.weight)
+        nn.init.zeros_(block.attentions[place].proj_out.bias)

@@ -148,9 +148,14 @@ class Picturing(nn.Module):
         return {"loss": guess_error(self.guess, self.text_encoder(ids).last_hidden_state, drawings, drawn)}
 
 
-def contrast(latents: Tensor) -> Tensor:
-    """The variance of latents (…, channels, height, width) over their places, the mean over channels: (…)."""
-    return latents.float().var(dim=(-2, -1)).mean(dim=-1)
+def per_contrast(values: Tensor, latents: Tensor, floor: float) -> Tensor:
+    """Values (…) in units of the contrast of latents (…, channels, height, width), as they are at floor 0.
+
+    The contrast is the variance over places, the mean over channels, and counts as no less than the floor.
+    """
+    if not floor:
+        return values
+    return values / latents.float().var(dim=(-2, -1)).mean(dim=-1).clamp(min=floor)
 
 
 def guess_error(
@@ -169,9 +174,7 @@ def guess_error(
         )
     guessed = guess(hidden[:, -places:].float())
     errors = (guessed - patches.unflatten(0, drawn.shape)).pow(2).mean(dim=(2, 3))
-    if contrast_floor:
-        errors = errors / contrast(drawings).clamp(min=contrast_floor)
-    return errors[drawn].mean()
+    return per_contrast(errors, drawings, contrast_floor)[drawn].mean()
 
 
 class Denoising(nn.Module):
@@ -227,9 +230,7 @@ class Denoising(nn.Module):
         embeddings = self.text_encoder(ids).last_hidden_state
         predicted = self.unet(noisy, timesteps, embeddings).sample
         errors = (predicted.float() - noise.float()).pow(2).mean(dim=(1, 2, 3))
-        weights = self.timestep_weights[timesteps]
-        if self.contrast_floor:
-            weights = weights / contrast(latents).clamp(min=self.contrast_floor)
+        weights = per_contrast(self.timestep_weights[timesteps], latents, self.contrast_floor)
         losses = {"loss": (errors * weights).mean(), "error": errors.mean()}
         if self.guess is not None and drawings is not None and drawn is not None:
             losses["guess"] = guess_error(self.guess, embeddings, drawings, drawn, self.contrast_floor)
