@@ -31,8 +31,8 @@ class Stage:
     ``styles_evenly`` shows rare styles more often, until all are about as frequent as the commonest.
     ``without_hands`` names those whose pictures are left out; ``hands`` counts the others, if a guess is to
     tell them apart (1: it takes them for one).
-    ``few_steps`` is how many a denoiser is distilled for (0: it isn't), and ``guidance_scale`` what it learns
-    to do without, ``skip`` timesteps of the teacher's at a time.
+    ``few_steps`` is how many a denoiser is distilled for (0: it isn't), ``skip`` timesteps of the teacher's
+    at a time.
     ``timestep_shift`` above 1 trains a denoiser more on much noise and less on little; ``contrast_floor``
     above 0 makes it learn as much from pictures of little contrast as from others, down to that contrast.
     ``deepen`` begins with one layer more in every block of the denoiser than what it starts from has.
@@ -60,7 +60,6 @@ class Stage:
     weight_limit: float = 0.0
     timestep_shift: float = 1.0
     contrast_floor: float = 0.0
-    guidance_scale: float = 7.5
     kl_weight: float = 1e-4
     few_steps: int = 0
     skip: int = 20
@@ -86,7 +85,7 @@ class Configuration:
     ``models`` holds the diffusers and transformers configurations of the autoencoder, the UNet,
     the text encoder and what guesses pictures from it. ``vocabulary`` counts the pieces of each tokenizer
     that is trained here; ``scheduler`` is the noise schedule that is trained on; ``guidance_scale`` is what
-    pictures of the published weights are made with by default.
+    pictures of the published weights are made with by default, and what is distilled.
     """
 
     name: str

@@ -157,7 +157,7 @@ def _objective(
             models["teacher"],
             models["text_encoder"],
             configuration.scheduler,
-            stage.guidance_scale,
+            configuration.guidance_scale,
             torch.tensor(tokenizer("").ids),
             stage.skip,
         )
