@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ class Draws(Dataset[dict[str, Any]]):
     of one, the second its first English one if there is ``encode_english``. With ``hands`` there is also
     what each of so many hands drew for its concept and style: ``drawings`` (hands, 2·channels, height/f,
     width/f), and ``drawn`` (hands,), False for nothing. Each epoch has an order of its own, and so do the
-    captions; with ``styles_evenly`` all styles are about as frequent in it.
+    captions; with ``styles_evenly`` all styles are about as frequent in it, but for those that
+    ``style_frequency`` names, which are so many times as frequent.
     """
 
     def __init__(
@@ -70,9 +71,14 @@ class Draws(Dataset[dict[str, Any]]):
         without_hands: Collection[str] = (),
         hands: int = 0,
         styles_evenly: bool = False,
+        style_frequency: Mapping[str, float] | None = None,
         encode_english: Callable[[str], list[int]] | None = None,
     ) -> None:
-        """Raises ValueError if there are more than ``hands`` hands, and that is more than 1."""
+        """Raises ValueError.
+
+        There are more than ``hands`` hands, and that is more than 1; or ``style_frequency`` names a style
+        that isn't there.
+        """
         self.shards = shards
         self.language = language
         self.seed = seed
@@ -94,7 +100,7 @@ class Draws(Dataset[dict[str, Any]]):
             np.int64,
         )
         if styles_evenly:
-            self.members = self._even(self.members)
+            self.members = self._even(self.members, style_frequency or {})
         if hands > 1:
             names = sorted({str(shards.about[member].get("hand")) for member in self.members})
             if len(names) > hands:
@@ -127,13 +133,26 @@ class Draws(Dataset[dict[str, Any]]):
         caption = captions[int(rng.integers(len(captions)))]
         return "" if rng.random() < self.caption_dropout else caption
 
-    def _even(self, members: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Members as often as it takes for every style to be seen about as often as the commonest."""
+    def _even(self, members: npt.NDArray[np.int64], frequency: Mapping[str, float]) -> npt.NDArray[np.int64]:
+        """Members as often as it takes for every style to be seen about as often as the commonest.
+
+        Those of the styles in ``frequency`` are taken so many times as often.
+        """
         of_style: dict[str, list[int]] = {}
         for member in members.tolist():
             of_style.setdefault(self._subject(member)[1], []).append(member)
+        unknown = sorted(set(frequency) - set(of_style))
+        if unknown:
+            raise ValueError(
+                f"style_frequency names {', '.join(unknown)}, but there are {', '.join(sorted(of_style))}"
+            )
         most = max(map(len, of_style.values()), default=0)
-        return np.concatenate([np.tile(own, round(most / len(own))) for own in of_style.values()])
+        return np.concatenate(
+            [
+                np.tile(own, max(1, round(most / len(own) * frequency.get(style, 1.0))))
+                for style, own in of_style.items()
+            ]
+        )
 
     def _subject(self, index: int) -> tuple[str, str]:
         about = self.shards.about[index]

@@ -26,16 +26,19 @@ class Stage:
     ``batch_size`` counts samples over all processes; ``micro_batch_size`` those that one process
     computes at a time, and what is missing between the two is made up by gradient accumulation.
     ``start`` says for each model which earlier stage, or which weights folder (it has a slash), it comes
-    from ("" for the configuration's own random start). ``train`` names the models whose weights move.
+    from ("" for the configuration's own random start). ``train`` names the models whose weights move, or
+    parts of them (``vae.decoder``).
     ``stop`` ends the stage before ``steps``, over which the learning rate decays (0: it runs to its end).
-    ``styles_evenly`` shows rare styles more often, until all are about as frequent as the commonest.
+    ``styles_evenly`` shows rare styles more often, until all are about as frequent as the commonest;
+    ``style_frequency`` then names those that are shown so many times as often.
     ``without_hands`` names those whose pictures are left out; ``hands`` counts the others, if a guess is to
     tell them apart (1: it takes them for one).
     ``few_steps`` is how many a denoiser is distilled for (0: it isn't), ``skip`` timesteps of the teacher's
     at a time.
     ``timestep_shift`` above 1 trains a denoiser more on much noise and less on little; ``contrast_floor``
     above 0 makes it learn as much from pictures of little contrast as from others, down to that contrast.
-    ``deepen`` begins with one layer more in every block of the denoiser than what it starts from has.
+    ``deepen`` begins with so many layers more than what it starts from has, for each block of the denoiser's
+    way down and its partner on the way up.
     ``crop`` trains an autoencoder on squares of so many pixels cut out at random (0: whole pictures).
     """
 
@@ -51,6 +54,7 @@ class Stage:
     language: Literal["ja", "en"] = "ja"
     only_styles_of_base: bool = False
     styles_evenly: bool = False
+    style_frequency: dict[str, float] = field(default_factory=dict)
     without_hands: tuple[str, ...] = ()
     hands: int = 1
     weight_decay: float = 0.01
@@ -63,7 +67,7 @@ class Stage:
     kl_weight: float = 1e-4
     few_steps: int = 0
     skip: int = 20
-    deepen: bool = False
+    deepen: tuple[int, ...] = ()
     crop: int = 0
     stop: int = 0
     cache_latents: bool = True
@@ -136,6 +140,10 @@ def read_configuration(name: str) -> Configuration:
             if (stages[-1].objective == "consistency") != bool(stages[-1].few_steps):
                 raise ConfigurationError(
                     f"{path}: stage {entry['name']}: few_steps is for the objective consistency, and it alone"
+                )
+            if stages[-1].style_frequency and not stages[-1].styles_evenly:
+                raise ConfigurationError(
+                    f"{path}: stage {entry['name']}: style_frequency needs styles_evenly = true"
                 )
         except TypeError as error:
             raise ConfigurationError(f"{path}: stage {entry.get('name')}: {error}") from None

@@ -100,7 +100,12 @@ def start_models(configuration: Configuration, stage: Stage, runs: Path) -> Mode
             )
         models[name] = MODELS[name].from_pretrained(folder, torch_dtype=torch.float32)
     if stage.deepen:
-        models["unet"] = deepen(models["unet"])
+        if "unet" not in models:
+            raise ConfigurationError(f"stage {stage.name}: deepen is for a stage with a unet")
+        try:
+            models["unet"] = deepen(models["unet"], stage.deepen)
+        except ValueError as error:
+            raise ConfigurationError(f"stage {stage.name}: {error}") from None
     return models
 
 
@@ -136,12 +141,23 @@ def learning_rate(stage: Stage, step: int) -> float:
     return stage.learning_rate * warm * max(0.01, 1 - step / stage.steps)
 
 
+def _is_trained(name: str, stage: Stage) -> bool:
+    """Whether any weights of the model move."""
+    return any(part.split(".")[0] == name for part in stage.train)
+
+
 def _objective(
     configuration: Configuration, stage: Stage, models: Models, tokenizer: Tokenizer | None
 ) -> nn.Module:
     for name, model in models.items():
-        model.requires_grad_(name in stage.train)
-        model.train(name in stage.train)
+        model.requires_grad_(False)
+        model.train(_is_trained(name, stage))
+    for part in stage.train:
+        model, _, below = part.partition(".")
+        try:
+            models[model].get_submodule(below).requires_grad_(True)
+        except (KeyError, AttributeError):
+            raise ConfigurationError(f"stage {stage.name}: train names {part}, which isn't there") from None
     if stage.objective == "autoencoding":
         return Autoencoding(models["vae"], stage.kl_weight)
     if stage.objective == "wording":
@@ -312,6 +328,7 @@ def train(
             without_hands=stage.without_hands,
             hands=stage.hands if "guess" in models else 0,
             styles_evenly=stage.styles_evenly,
+            style_frequency=stage.style_frequency,
             encode_english=encode_english,
         )
     except ValueError as error:
@@ -391,7 +408,8 @@ def train(
         writer.close()
     if accelerator.is_main_process:
         ema.copy_to(trained)
-        if stage.objective == "autoencoding":
+        # What an encoder that stays as it is says of pictures keeps its scale.
+        if "vae" in stage.train:
             _set_scaling(models["vae"], shards, accelerator.device)
         partial = folder / "partial"
         kept = {name: model for name, model in models.items() if name not in FOLDERS}
@@ -481,7 +499,7 @@ def _sample(
             settings = Settings(stage.few_steps, guidance_scale=1.0, scheduler="LCM")
         pictures = generate(weights, asks, settings)
     for name, model in models.items():
-        model.train(name in stage.train)
+        model.train(_is_trained(name, stage))
     return pictures.transpose(0, 3, 1, 2)
 
 

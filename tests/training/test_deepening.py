@@ -24,14 +24,15 @@ def inputs(unet: UNet2DConditionModel) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def test_a_deeper_denoiser_begins_by_computing_the_same(unet: UNet2DConditionModel) -> None:
-    deeper = deepen(deepen(unet)).eval()
-    assert deeper.config["layers_per_block"] == unet.config["layers_per_block"] + 2
+    blocks = len(unet.config["block_out_channels"])
+    deeper = deepen(deepen(unet, [1] * blocks), [2] + [0] * (blocks - 1)).eval()
+    assert deeper.config["layers_per_block"] == [4] + [2] * (blocks - 1)
     given = inputs(unet)
     torch.testing.assert_close(deeper(*given).sample, unet(*given).sample, rtol=1e-3, atol=1e-4)
 
 
 def test_everything_in_it_learns(unet: UNet2DConditionModel) -> None:
-    deeper = deepen(unet)
+    deeper = deepen(unet, range(len(unet.config["block_out_channels"])))
     optimizer = torch.optim.SGD(deeper.parameters(), lr=0.1)
     # What is before a zero hears of an error only once that is a zero no more.
     for _ in range(2):
@@ -43,8 +44,12 @@ def test_everything_in_it_learns(unet: UNet2DConditionModel) -> None:
     assert not deaf
 
 
-def test_blocks_of_different_depth_are_refused(unet: UNet2DConditionModel) -> None:
+def test_all_blocks_alike_stay_one_number(unet: UNet2DConditionModel) -> None:
     blocks = len(unet.config["block_out_channels"])
-    uneven = UNet2DConditionModel.from_config({**unet.config, "layers_per_block": [1] * blocks})
-    with pytest.raises(ValueError, match="layers_per_block"):
-        deepen(uneven)
+    assert deepen(unet, [1] * blocks).config["layers_per_block"] == 2
+
+
+@pytest.mark.parametrize("added", [[], [1], [1, -1], [1, 1, 1, 1]])
+def test_a_wrong_number_of_blocks_is_refused(added: list[int], unet: UNet2DConditionModel) -> None:
+    with pytest.raises(ValueError, match=r"deepen is \["):
+        deepen(unet, added)

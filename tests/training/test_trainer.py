@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -208,6 +209,15 @@ def test_rare_styles_may_be_shown_as_often_as_common_ones(drawn: Shards) -> None
     assert max(shares(False)) > 1.5 * min(shares(False))
     assert max(shares(True)) < 1.5 * min(shares(True))
     assert len(shares(True)) == len(shares(False))
+
+
+def test_a_style_may_be_shown_more_often_than_the_others(drawn: Shards) -> None:
+    draws = Draws(drawn, "ja", 7, False, None, 0.0, None, styles_evenly=True, style_frequency={"ukiyoe": 3.0})
+    counts = Counter(drawn.about[member]["style"] for member in draws.members)
+    others = [count for style, count in counts.items() if style != "ukiyoe"]
+    assert min(others) * 2 < counts["ukiyoe"] < max(others) * 4
+    with pytest.raises(ValueError, match=r"style_frequency names sepia, but there are .*ukiyoe"):
+        Draws(drawn, "ja", 7, False, None, 0.0, None, styles_evenly=True, style_frequency={"sepia": 2.0})
 
 
 def test_a_stage_may_leave_out_hands(drawn: Shards) -> None:
@@ -573,14 +583,44 @@ def test_a_stage_may_heed_contrast(runs: Path, drawn_folder: Path, tmp_path: Pat
 
 def test_a_stage_may_go_on_with_a_deeper_denoiser(runs: Path, drawn_folder: Path, tmp_path: Path) -> None:
     configuration = read_configuration(str(TINY))
-    stage = replace(configuration.stage("stage2"), deepen=True)
+    stage = replace(configuration.stage("stage2"), deepen=(2, 0))
     for name in ("autoencoder", "base", "stage1", "tokenizer-ja"):
         shutil.copytree(runs / name, tmp_path / name)
     weights = train(configuration, stage, drawn_folder, tmp_path, cpu=True)
     assert losses(tmp_path / "stage2")[0] == pytest.approx(losses(runs / "stage2")[0], rel=1e-5)
     deeper = load_weights(weights, CPU, torch.float32).unet
-    assert deeper.config["layers_per_block"] == 2
-    assert (deeper.down_blocks[0].resnets[1].conv2.weight != 0).any()
+    assert deeper.config["layers_per_block"] == [3, 1]
+    assert (deeper.down_blocks[0].resnets[2].conv2.weight != 0).any()
+    for added, told in (((1,), r"deepen is \[1\].* 2 blocks"), ((1, -1), r"deepen is \[1, -1\]")):
+        with pytest.raises(ConfigurationError, match=told):
+            start_models(configuration, replace(stage, deepen=added), tmp_path)
+    with pytest.raises(ConfigurationError, match="deepen is for a stage with a unet"):
+        start_models(configuration, replace(configuration.stage("autoencoder"), deepen=(1, 1)), tmp_path)
+
+
+def test_a_decoder_may_learn_on_alone(runs: Path, drawn_folder: Path, tmp_path: Path) -> None:
+    configuration = read_configuration(str(TINY))
+    shutil.copytree(runs / "autoencoder", tmp_path / "autoencoder")
+    stage = replace(
+        configuration.stage("autoencoder"),
+        name="sharpened",
+        start={"vae": "autoencoder"},
+        train=("vae.decoder",),
+    )
+    before, after = (
+        AutoencoderKL.from_pretrained(folder / "vae")
+        for folder in (
+            runs / "autoencoder" / "weights",
+            train(configuration, stage, drawn_folder, tmp_path, cpu=True),
+        )
+    )
+    assert before.config["scaling_factor"] == after.config["scaling_factor"]
+    for name, tensor in before.state_dict().items():
+        same = torch.equal(tensor, after.state_dict()[name])
+        assert same != name.startswith("decoder."), name
+    with pytest.raises(ConfigurationError, match=r"train names vae\.encodes, which isn't there"):
+        wrong = replace(stage, name="wrong", train=("vae.encodes",))
+        train(configuration, wrong, drawn_folder, tmp_path, cpu=True)
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
@@ -606,15 +646,22 @@ def test_configurations_are_whole(name: str) -> None:
     assert {"stage1", "stage2"} <= {stage.name for stage in configuration.stages}
     for stage in configuration.stages:
         assert stage.batch_size % stage.micro_batch_size == 0
-        assert set(stage.train) <= set(stage.start)
+        assert {part.split(".")[0] for part in stage.train} <= set(stage.start)
         assert all(o in configuration.models for o, origin in stage.start.items() if not origin)
 
 
 def test_needed_stages_come_in_order() -> None:
     configuration = read_configuration("demo")
     base = ["autoencoder", "whole", "words", "pictured", "drafted", "base"]
-    second = ["together", "contrasted", "stage2"]
-    assert needed_stages(configuration, "stage2") == [*base, "aligned_ja", "stage1", *second]
+    second = ["together", "contrasted", "deepened", "stage2"]
+    assert needed_stages(configuration, "stage2") == [
+        *base[:2],
+        "sharpened",
+        *base[2:],
+        "aligned_ja",
+        "stage1",
+        *second,
+    ]
 
 
 def test_errors_are_told_in_a_line(drawn_folder: Path, tmp_path: Path) -> None:
@@ -629,6 +676,9 @@ def test_errors_are_told_in_a_line(drawn_folder: Path, tmp_path: Path) -> None:
         wrong.write_text(TINY.read_text() + stage.format(objective, few_steps))
         with pytest.raises(ConfigurationError, match="few_steps is for the objective consistency"):
             read_configuration(str(wrong))
+    wrong.write_text(TINY.read_text() + "style_frequency = { ukiyoe = 2.0 }\n")
+    with pytest.raises(ConfigurationError, match="style_frequency needs styles_evenly"):
+        read_configuration(str(wrong))
     with pytest.raises(ConfigurationError, match="starts from autoencoder"):
         train(configuration, configuration.stage("base"), drawn_folder, tmp_path, cpu=True)
     uneven: Stage = replace(configuration.stage("autoencoder"), batch_size=9)
