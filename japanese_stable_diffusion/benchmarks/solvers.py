@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from japanese_stable_diffusion.benchmarks.generation import UPSTREAM_STEPS
+from japanese_stable_diffusion.pipeline import suited
 from japanese_stable_diffusion.request import SCHEDULERS, Request
 from japanese_stable_diffusion.schedulers import make_scheduler
 from japanese_stable_diffusion.shortcuts import GO_FAST, Savings
@@ -111,8 +112,12 @@ def measure(
     schedulers: Sequence[str] = SCHEDULERS,
     savings: Sequence[Savings | None] = (None,),
 ) -> list[Point]:
-    """Every scheduler at every number of steps, with everything that may be left out, from the same noise."""
+    """Every scheduler at every number of steps, with everything that may be left out, from the same noise.
+
+    Guidance is what these weights compute with when a request asks for ``guidance_scale``.
+    """
     points = []
+    guidance_scale = _suited_guidance(weights, guidance_scale)
     for scheduler in schedulers:
         settings = Settings(LIMIT, guidance_scale, scheduler=scheduler)
         limit = None if scheduler in RANDOM else _draw(weights, asks, settings)
@@ -125,13 +130,20 @@ def measure(
 def compare(weights: Weights, judge: Judge, asks: Sequence[Ask], distilled: Weights | None) -> list[Point]:
     """Upstream's way, the defaults, `go_fast` and, if there are any, distilled weights; the same noise."""
     upstream, default = (
-        Settings(UPSTREAM_STEPS, Request.guidance_scale, scheduler="PNDM"),
-        Settings(Request.num_inference_steps, Request.guidance_scale, scheduler=Request.scheduler),
+        Settings(steps, _suited_guidance(weights, Request.guidance_scale), scheduler=scheduler)
+        for steps, scheduler in (
+            (UPSTREAM_STEPS, "PNDM"),
+            (Request.num_inference_steps, Request.scheduler),
+        )
     )
     ways = [(weights, upstream), (weights, default), (weights, replace(default, savings=GO_FAST))]
     if distilled:
         ways.append((distilled, Settings(distilled.manifest.few_steps, 1.0, scheduler="LCM")))
     return [_point(drawing, judge, asks, settings) for drawing, settings in ways]
+
+
+def _suited_guidance(weights: Weights, guidance_scale: float) -> float:
+    return suited(Request(guidance_scale=guidance_scale), weights.manifest).guidance_scale
 
 
 def _draw(weights: Weights, asks: Sequence[Ask], settings: Settings) -> Pixels:

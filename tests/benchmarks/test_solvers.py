@@ -107,6 +107,15 @@ def test_what_is_left_out_takes_pictures_away_from_the_limit(weights: Weights) -
     assert guidance.distance is not None and guidance.distance > nothing.distance
 
 
+def test_guidance_is_what_the_weights_make_of_it(weights: Weights) -> None:
+    def far(weights: Weights, guidance_scale: float) -> float | None:
+        points = solvers.measure(weights, None, solvers.prompts(2), [3], guidance_scale, ["DDIM"])
+        return points[0].distance
+
+    gentle = replace(weights, manifest=replace(weights.manifest, guidance_scale=2.0))
+    assert far(gentle, 7.5) == far(weights, 2.0) != far(weights, 7.5)
+
+
 def test_points_are_told_and_stored(tmp_path: Path) -> None:
     points = [
         solvers.Point("DDIM", 20, 20, 3.25, 0.9, 1.0),
