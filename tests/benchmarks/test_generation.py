@@ -59,8 +59,11 @@ def test_attempts_compute_the_same_in_another_way(name: str, tiny_weights: Path)
     ours, attempt = (WAYS[way](tiny_weights) for way in ("ours", name))
     latents, timestep, text = ours.inputs(JOB)
     expected, found = (way.unet(latents, timestep, text).sample for way in (ours, attempt))
-    furthest = (found.float() - expected).abs().max()
-    assert 1e-4 < furthest < 5e-2 if name == "round_to_bfloat16" else furthest < 1e-4
+    difference = float((found.float() - expected).norm() / expected.norm())
+    # How far off a single number is depends on the order in which a processor adds up; all together hardly
+    # do. What is rounded adds up from layer to layer.
+    rounding = torch.finfo(torch.bfloat16).eps
+    assert rounding / 4 < difference < rounding * 4 if name == "round_to_bfloat16" else difference < 1e-5
 
 
 def test_a_process_that_dies_is_an_error_and_not_a_wait(tiny_weights: Path) -> None:
