@@ -446,7 +446,7 @@ class Evaluation:
         members = np.array(
             [i for i, about in enumerate(self.shards.about) if takes_part(about, False)], np.int64
         )
-        copies = Copies(self.shards, small_pictures(self.shards, self.judge.folder), members)
+        copies = Copies(self.shards, small_pictures(self.shards, self.folder), members)
         row, pictures = kept["things"]
         nearest = copies.nearest(pictures)
         tiles = [

@@ -153,7 +153,6 @@ class Judge:
     """
 
     def __init__(self, folder: Path, device: torch.device | None = None) -> None:
-        self.folder = folder
         self.device = device or torch.device("cpu")
         self.about = read_about(folder)
         refuse_no_judge(self.about.held_out, folder)

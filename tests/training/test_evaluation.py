@@ -226,6 +226,18 @@ def test_other_weights_are_drawn_anew(
     assert (again.pictures(other_seed) != first).any()
 
 
+def test_a_carried_judge_stays_as_it_is(
+    folders: dict[str, Path], drawn: Shards, judge_folder: Path, tmp_path: Path
+) -> None:
+    carried, report = tmp_path / "judge", tmp_path / "report"
+    carried.mkdir()
+    for name in ("judge.json", "judge.safetensors"):
+        shutil.copy(judge_folder / name, carried)
+    Evaluation({"stage2": folders["stage2"]}, drawn, Judge(carried), GROUPS, report, QUICK).report()
+    assert {path.name for path in carried.iterdir()} == {"judge.json", "judge.safetensors"}
+    assert list(report.glob("pictures-*.npy"))
+
+
 def test_only_the_models_that_are_there_are_compared(
     folders: dict[str, Path], drawn: Shards, judge_folder: Path, tmp_path: Path
 ) -> None:
