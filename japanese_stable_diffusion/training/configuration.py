@@ -33,6 +33,7 @@ class Stage:
     ``style_frequency`` then names those that are shown so many times as often.
     ``without_hands`` names those whose pictures are left out; ``hands`` counts the others, if a guess is to
     tell them apart (1: it takes them for one).
+    ``optimizer`` is AdamW, or Muon for the matrices between a model's first and last layers.
     ``few_steps`` is how many a denoiser is distilled for (0: it isn't), ``skip`` timesteps of the teacher's
     at a time.
     ``timestep_shift`` above 1 trains a denoiser more on much noise and less on little; ``contrast_floor``
@@ -57,6 +58,7 @@ class Stage:
     style_frequency: dict[str, float] = field(default_factory=dict)
     without_hands: tuple[str, ...] = ()
     hands: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     ema_decay: float = 0.999

@@ -439,6 +439,38 @@ def test_a_killed_run_goes_on_to_the_same_weights(runs: Path, drawn_folder: Path
         assert same(tensors(mine / "base" / "weights", model), tensors(runs / "base" / "weights", model))
 
 
+def test_muon_moves_inner_matrices_as_far_in_all_directions(
+    runs: Path, drawn_folder: Path, tmp_path: Path
+) -> None:
+    configuration = read_configuration(str(TINY))
+    stage = replace(configuration.stage("base"), optimizer="muon")
+    before = start_models(configuration, stage, runs)["unet"].state_dict()
+    for name in ("adamw", "muon", "whole", "broken-off"):
+        for path in (runs / "autoencoder", runs / "tokenizer-en"):
+            shutil.copytree(path, tmp_path / name / path.name)
+    inner, outer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_v.weight", "conv_in.weight"
+    moved = {}
+    for optimizer in ("adamw", "muon"):
+        once = replace(stage, optimizer=optimizer, stop=1)
+        after = tensors(train(configuration, once, drawn_folder, tmp_path / optimizer, cpu=True), "unet")
+        moved[optimizer] = {name: (after[name] - before[name]).flatten(1) for name in (inner, outer)}
+    spread = {name: torch.linalg.svdvals(moves[inner]) for name, moves in moved.items()}
+    assert spread["muon"].max() < 2 * spread["muon"].median()
+    assert spread["adamw"].max() > 3 * spread["adamw"].median()
+    length = {name: float(moves[inner].pow(2).mean().sqrt()) for name, moves in moved.items()}
+    assert length["muon"] == pytest.approx(0.2 * length["adamw"], rel=0.3)
+    torch.testing.assert_close(moved["muon"][outer], moved["adamw"][outer], rtol=0.01, atol=1e-6)
+
+    whole = train(configuration, stage, drawn_folder, tmp_path / "whole", cpu=True)
+    curve = losses(tmp_path / "whole" / "base")
+    assert curve[-1] < 0.9 * curve[0]
+    broken_off = train(configuration, replace(stage, stop=8), drawn_folder, tmp_path / "broken-off", cpu=True)
+    shutil.rmtree(broken_off)
+    train(configuration, stage, drawn_folder, tmp_path / "broken-off", cpu=True)
+    for model in ("unet", "text_encoder"):
+        assert same(tensors(whole, model), tensors(broken_off, model))
+
+
 @pytest.mark.slow
 def test_two_processes_follow_the_curve_of_one(runs: Path, drawn_folder: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "long.toml"
