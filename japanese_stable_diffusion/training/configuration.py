@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from japanese_stable_diffusion.request import Request
 
@@ -84,6 +84,12 @@ class Stage:
         return self.stop or self.steps
 
 
+CHOICES = {
+    name: get_args(hint) for name, hint in get_type_hints(Stage).items() if get_origin(hint) is Literal
+}
+"""What a stage's entries of few possible values may be."""
+
+
 @dataclass(frozen=True)
 class Configuration:
     """All of a recipe: how large the models are, and the stages in the order in which they run.
@@ -139,6 +145,12 @@ def read_configuration(name: str) -> Configuration:
                 for name, value in (common | entry).items()
             }
             stages.append(Stage(**values))
+            for choice, allowed in CHOICES.items():
+                if getattr(stages[-1], choice) not in allowed:
+                    raise ConfigurationError(
+                        f"{path}: stage {entry['name']}: {choice} is {getattr(stages[-1], choice)}, "
+                        f"but has to be one of {', '.join(allowed)}"
+                    )
             if (stages[-1].objective == "consistency") != bool(stages[-1].few_steps):
                 raise ConfigurationError(
                     f"{path}: stage {entry['name']}: few_steps is for the objective consistency, and it alone"

@@ -708,6 +708,11 @@ def test_errors_are_told_in_a_line(drawn_folder: Path, tmp_path: Path) -> None:
         wrong.write_text(TINY.read_text() + stage.format(objective, few_steps))
         with pytest.raises(ConfigurationError, match="few_steps is for the objective consistency"):
             read_configuration(str(wrong))
+    wrong.write_text(TINY.read_text() + 'optimizer = "sgd"\n')
+    with pytest.raises(
+        ConfigurationError, match="distilled: optimizer is sgd, but has to be one of adamw, muon"
+    ):
+        read_configuration(str(wrong))
     wrong.write_text(TINY.read_text() + "style_frequency = { ukiyoe = 2.0 }\n")
     with pytest.raises(ConfigurationError, match="style_frequency needs styles_evenly"):
         read_configuration(str(wrong))
