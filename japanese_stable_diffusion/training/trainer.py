@@ -191,8 +191,8 @@ def _objective(
 OUTER_LAYERS = frozenset({"conv_in", "conv_out", "guess"})
 
 
-def _optimizer(objective: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """The stage's optimizer of all weights that move.
+def _optimizer(objective: nn.Module, trained: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
+    """The stage's optimizer of the objective's weights that move.
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes each step of a matrix
     orthogonal, so that it moves as far in directions that gradients seldom point to. It is for matrices
@@ -200,17 +200,16 @@ def _optimizer(objective: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     to AdamW. Steps are as long as AdamW's would be (Liu et al. 2025, arXiv:2502.16982, eq. 4), so both have
     one learning rate.
     """
-    weights = [weight for weight in objective.parameters() if weight.requires_grad]
     rate, decay = stage.learning_rate, stage.weight_decay
     if stage.optimizer == "adamw":
-        return torch.optim.AdamW(weights, lr=rate, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=True)
     inner = {
         id(module.weight)
         for name, module in objective.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and OUTER_LAYERS.isdisjoint(name.split("."))
     }
-    matrices = [weight for weight in weights if id(weight) in inner]
-    others = [weight for weight in weights if id(weight) not in inner]
+    matrices = [weight for weight in trained if id(weight) in inner]
+    others = [weight for weight in trained if id(weight) not in inner]
     return Muon(
         [
             {"params": matrices, "lr": rate, "weight_decay": decay, "use_muon": True},
@@ -332,7 +331,7 @@ def train(
                 moments = cached_moments(shards, models["vae"], path, accelerator, stage.without_hands)
     objective = _objective(configuration, stage, models, tokenizer)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = _optimizer(objective, stage)
+    optimizer = _optimizer(objective, trained, stage)
     ema = EMAModel(trained, decay=stage.ema_decay, foreach=True)
     ema.to(accelerator.device)
     objective, optimizer = accelerator.prepare(objective, optimizer)
